@@ -23,21 +23,19 @@ from convert.progress import Progress
 from convert.pull import Settings
 from sciexec import elf, image, pysquashfs, sif
 from sciexec.errors import HostError, ImageError, UsageError, escaped
+from sciexec.pysquashfs import Reader
 
 PIECE = 1 << 22  # bytes copied at a time
 LOOKED_AT = 4096  # files of an image that are looked at for one that says what machine it is for
 COPIED = (sif.DEFFILE, sif.ENVVAR, sif.LABELS, sif.GENERIC_JSON, sif.GENERIC, sif.SBOM)  # not signatures: they sign another file
 
 
-def build(
-    out: str, spec: str, settings: Settings, progress: Progress, *, as_sandbox: bool = False, force: bool = False, repack: bool = False
-) -> str:
+def build(out: str, spec: str, settings: Settings, progress: Progress, *, as_sandbox: bool = False, force: bool = False) -> str:
     """Make the image file (or directory) `out` from `spec`; returns `out`.
 
     Arguments:
         spec: a URI, or the path of a SIF, a SquashFS or a directory; a path that exists comes first.
         as_sandbox: make a directory.  force: replace what is there.
-        repack: compress anew what is compressed already (a --compression or --block-size was given).
 
     Raises: UsageError, ImageError, LimitError, RegistryError, HostError; nothing appears under the name then.
     """
@@ -52,11 +50,22 @@ def build(
         return _sandbox(out, spec, settings, progress, force=force)
     if not local:
         return pull.pull(spec, out, settings, progress, force=force)
+    if _is_definition(spec):
+        raise UsageError(
+            f"building {out}: {spec} is a definition file", "this release builds from images; Apptainer builds definition files"
+        )
     with contextlib.closing(_Source(spec)) as source, Output(out, force=force) as output:
         progress.step(f"building {out} from the {source.image.kind} {spec}")
-        _write(source, output.fd, settings, repack=repack)
+        _write(source, output.fd, settings)
         output.publish()
     return out
+
+
+def _is_definition(path: str) -> bool:
+    """Whether a file begins as a definition file does: with its bootstrap agent."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return any(line.strip().lower().startswith(b"bootstrap:") for line in file.read(4096).splitlines())
+    return False
 
 
 class _Source:
@@ -66,14 +75,14 @@ class _Source:
         self.image = image.open_image(path)
         self.path = path
 
-    def reader(self) -> pysquashfs.Reader:
-        return pysquashfs.Reader(self.image.fd, self.image.offset, self.path)
+    def reader(self) -> Reader:
+        return Reader(self.image.fd, self.image.offset, self.path)
 
     def close(self) -> None:
         os.close(self.image.fd)
 
 
-def _write(source: _Source, fd: int, settings: Settings, *, repack: bool) -> None:
+def _write(source: _Source, fd: int, settings: Settings) -> None:
     found = source.image
     if found.kind == "directory":
         created = pull.timestamp(int(os.stat(found.path).st_mtime))
@@ -89,7 +98,7 @@ def _write(source: _Source, fd: int, settings: Settings, *, repack: bool) -> Non
             if descriptor.type in COPIED:
                 builder.add(descriptor.type, descriptor.name, sif.read_object(found.fd, found.sif, descriptor), descriptor.extra)
     offset = builder.partition_offset()
-    if found.kind != "directory" and not repack:
+    if found.kind != "directory" and not settings.repack:
         _copy(found.fd, found.offset, found.size, fd, offset, source.path)
         builder.finish(found.size)
         return
@@ -131,16 +140,16 @@ def _sandbox(out: str, spec: str, settings: Settings, progress: Progress, *, for
             file = stack.enter_context(tempfile.TemporaryFile(dir=parent or "."))
             settings = replace(settings, compression="lz4", level=None)
             pull.write(reference.parse(spec), file.fileno(), settings, progress)
-            reader = pysquashfs.Reader(file.fileno(), sif.read(file.fileno(), spec).primary.offset, spec)
+            reader = Reader(file.fileno(), sif.read(file.fileno(), spec).primary.offset, spec)
         try:
             os.mkdir(hidden, 0o755)
             stack.callback(_remove, hidden)
             target = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, target)
             progress.step(f"unpacking into {out}")
-            skipped = reader.unpack(target)
-            if skipped:
-                progress.warn(f"{out}: {skipped} device files were left out, which only root can make")
+            left_out = sum(reader.unpack(target))
+            if left_out:
+                progress.warn(f"{out}: {left_out} devices and sockets were left out, which an ordinary user cannot make")
             if there:
                 _remove(out)
             os.rename(hidden, out)
@@ -181,7 +190,9 @@ def _files_below(path: str) -> Iterator[bytes]:
                     os.close(fd)
 
 
-def _files_in(reader: pysquashfs.Reader) -> Iterator[bytes]:
+def _files_in(reader: Reader) -> Iterator[bytes]:
     for _, entry in reader.walk():
         if entry.kind == "f":
-            yield reader.read(entry, elf.HEADER)
+            for position, piece in reader.pieces(entry):
+                yield bytes(piece[: elf.HEADER]) if position == 0 else b""
+                break

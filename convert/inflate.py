@@ -197,10 +197,12 @@ class Inflate:
                 self._check_growth(total)
                 if not self._put(piece):
                     return False
-        except (zstandard.ZstdError, IsalError, ImageError) as error:
+        except (zstandard.ZstdError, IsalError, ImageError) as error:  # type: ignore[misc]  # the stub of isal says it is any type
             if not isinstance(error, (Damaged, LimitError)):
                 self._source.finish()  # bytes that are not the blob's explain everything else
-            raise error if isinstance(error, ImageError) else ImageError(f"decompressing {self._where}: {error}") from error
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"decompressing {self._where}: {error}") from error
         self._source.finish()
         if diff.hexdigest() != self._diff_id.partition(":")[2]:
             raise ImageError(f"decompressing {self._where}: the layer's content does not have the diffID of the image's config")

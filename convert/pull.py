@@ -40,6 +40,7 @@ class Settings:
         max_entries, max_bytes: members and uncompressed bytes allowed in an image; max_ratio: growth allowed of a layer.
         workers: threads that compress; None for one a core.  The output does not depend on it.
         arch: as --arch.  authfile, no_https: as convert.registry.Registry.  disable_cache: keep no blobs.
+        repack: compress anew what is compressed already (a compression or block size was asked for).
     """
 
     compression: str = "zstd"
@@ -53,6 +54,7 @@ class Settings:
     authfile: str = ""
     no_https: bool = False
     disable_cache: bool = False
+    repack: bool = False
 
     def limits(self) -> tar.Limits:
         return tar.Limits(self.max_entries, self.max_bytes)

@@ -164,5 +164,8 @@ def test_a_stream_that_fails_is_our_error() -> None:
         def read(self, size: int | None = -1, /) -> bytes:
             raise OSError(5, "Input/output error")
 
-    with Inflate(Broken(), digest="", size=-1, diff_id=digest(TAR), where="image x, layer 1") as pieces, pytest.raises(SciexecError, match="image x"):
+    with (
+        Inflate(Broken(), digest="", size=-1, diff_id=digest(TAR), where="image x, layer 1") as pieces,
+        pytest.raises(SciexecError, match="image x"),
+    ):
         list(pieces)

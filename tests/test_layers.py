@@ -137,12 +137,15 @@ CASES: dict[str, tuple[list[list[Entry]], dict[str, str | None]]] = {
     "directory to file to directory": ([[d("a"), f("a/old")], [f("a")], [d("a"), f("a/new")]], {"a/old": None, "a/new": "data of a/new"}),
     "parent that is a file": ([[f("nondir")], [f("nondir/a/b")]], {"nondir": "/", "nondir/a/b": "data of nondir/a/b"}),
     "parents nobody made": ([[f("a/b/c")]], {"a": "/", "a/b": "/", "a/b/c": "data of a/b/c"}),
-    "write through lib -> usr/lib": ([USRMERGE, [f("lib/x")]], {"lib": "->usr/lib", "usr/lib/x": "data of lib/x", "usr/lib/a": "data of usr/lib/a"}),
+    "write through lib -> usr/lib": ([USRMERGE, [f("lib/x")]],
+        {"lib": "->usr/lib", "usr/lib/x": "data of lib/x", "usr/lib/a": "data of usr/lib/a"}),
     "write through an absolute link": ([USRMERGE, [f("var/run/a/b")]], {"var/run": "->/run", "run/a/b": "data of var/run/a/b"}),
     "write through a link to nowhere": ([[ln("lib", "usr/lib")], [f("lib/x")]], {"lib": "->usr/lib", "usr/lib/x": "data of lib/x"}),
     "replace through a link": ([USRMERGE, [f("lib/a", "new")]], {"usr/lib/a": "new"}),
-    "links climb no higher than the root": ([[d("in"), ln("in/up", "../../.."), ln("esc", "in/up/../victim")], [f("esc/x")]], {"victim/x": "data of esc/x"}),
-    "two hops up": ([[d("inner"), ln("inner/go_up", ".."), ln("inner/escape", "go_up/../victim")], [f("inner/escape/f")]], {"victim/f": "data of inner/escape/f"}),
+    "links climb no higher than the root": ([[d("in"), ln("in/up", "../../.."), ln("esc", "in/up/../victim")], [f("esc/x")]],
+        {"victim/x": "data of esc/x"}),
+    "two hops up": ([[d("inner"), ln("inner/go_up", ".."), ln("inner/escape", "go_up/../victim")], [f("inner/escape/f")]],
+        {"victim/f": "data of inner/escape/f"}),
     "last member of a name wins": ([[f("a", "1"), f("a", "2")]], {"a": "2"}),
     "file, then link, then a file below it": ([[d("t"), f("a"), ln("a", "t"), f("a/x")]], {"a": "->t", "t/x": "data of a/x"}),
     "hard link": ([[f("a", "A"), hard("b", "a")]], {"a": "A", "b": "A"}),
@@ -155,7 +158,8 @@ CASES: dict[str, tuple[list[list[Entry]], dict[str, str | None]]] = {
     "hard link through a link": ([USRMERGE, [hard("b", "lib/a")]], {"b": "data of usr/lib/a"}),
     "a link that becomes a directory": (  # layer 1 wrote through the link, before layer 2 made a directory of it
         [USRMERGE, [f("lib/x", "through")], [wh("lib"), d("lib"), f("lib/x", "own")]], {"usr/lib/x": "through", "lib/x": "own"}),
-    "AUFS's own files": ([[d("x"), f(".wh..wh.aufs"), d(".wh..wh.plnk"), f(".wh..wh.plnk/1.2"), f("a")]], {"a": "data of a", ".wh..wh.plnk": None}),
+    "AUFS's own files": ([[d("x"), f(".wh..wh.aufs"), d(".wh..wh.plnk"), f(".wh..wh.plnk/1.2"), f("a")]],
+        {"a": "data of a", ".wh..wh.plnk": None}),
     "names that only look like whiteouts": ([[f("a.wh.b"), f("x.wh.")]], {"a.wh.b": "data of a.wh.b", "x.wh.": "data of x.wh."}),
     "one layer twice": ([[d("x"), f("x/a")], [d("x"), f("x/a")]], {"x/a": "data of x/a"}),
     "an empty layer": ([[f("a")], [], [f("b")]], {"a": "data of a", "b": "data of b"}),
@@ -286,7 +290,11 @@ def presentable(layer: list[Entry]) -> list[Entry]:
     ordered = sorted(members.values(), key=lambda entry: entry[1])
     marks = [(kind, path, "") for kind, path, _ in layer if kind in "wo"]
     directories = {"", *(path for path, entry in members.items() if entry[0] == "d")}
-    ordered += [mark for mark in marks if (mark[0] == "o" and mark[1] in directories) or (mark[0] == "w" and mark[1].rpartition("/")[0] in directories)]
+    ordered += [
+        mark
+        for mark in marks
+        if (mark[0] == "o" and mark[1] in directories) or (mark[0] == "w" and mark[1].rpartition("/")[0] in directories)
+    ]
     return ordered
 
 
@@ -301,7 +309,9 @@ def overlayfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.P
         process.stdin.close()
 
 
-@settings(max_examples=int(os.environ.get("SCIEXEC_EXAMPLES", "150")), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=int(os.environ.get("SCIEXEC_EXAMPLES", "150")), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(stacks(through_links=False))
 def test_random_stacks_against_overlayfs(overlayfs: subprocess.Popen[str], stack: list[list[Entry]]) -> None:
     stack = [presentable(layer) for layer in stack]

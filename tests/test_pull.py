@@ -51,7 +51,11 @@ def listing(image: Path) -> dict[str, tuple[str, str, str]]:
     for line in text.decode("utf-8", "surrogateescape").splitlines():
         match = re.fullmatch(r"(\S{10}) (\d+/\d+)\s+(\d+(?:, *\d+)?) \d{4}-\d\d-\d\d \d\d:\d\d /?(.*)", line)
         assert match, line
-        found[match[4].partition(" -> ")[0]] = (match[1], match[2], match[3] if not match[4].partition(" -> ")[2] else match[4].partition(" -> ")[2])
+        found[match[4].partition(" -> ")[0]] = (
+            match[1],
+            match[2],
+            match[3] if not match[4].partition(" -> ")[2] else match[4].partition(" -> ")[2],
+        )
     return found
 
 
@@ -109,7 +113,9 @@ def test_faithful(sciexec: Command, everything: str, tmp_path: Path) -> None:
 
 def test_as_umoci_unpacks(sciexec: Command, need: Need, oci_layout: Path, tmp_path: Path) -> None:
     """A real image of five layers: the same names, kinds, modes, times, targets, contents and hard links as umoci makes of it."""
-    subprocess.run([need("umoci"), "unpack", "--rootless", "--image", f"{oci_layout}:app", tmp_path / "bundle"], check=True, capture_output=True)
+    subprocess.run(
+        [need("umoci"), "unpack", "--rootless", "--image", f"{oci_layout}:app", tmp_path / "bundle"], check=True, capture_output=True
+    )
     done = sciexec("build", "--sandbox", tmp_path / "sandbox", f"oci:{oci_layout}:app")
     assert done.returncode == 0, done.stderr
     added = re.compile(r"\.singularity\.d|singularity$|environment$|\.(run|exec|test|shell)$|etc/(hosts|resolv\.conf)$")
@@ -346,7 +352,7 @@ def test_a_file_that_cannot_grow(sciexec_path: Path, pushed: str, tmp_path: Path
 def tiny_disk(tmp_path: Path) -> Iterator[list[str]]:
     """A prefix that runs a command in a user namespace where tmp_path/full is a file system of 4 MiB."""
     (tmp_path / "full").mkdir()
-    script = f"mount -t tmpfs -o size=4m none {tmp_path}/full && exec \"$@\""
+    script = f'mount -t tmpfs -o size=4m none {tmp_path}/full && exec "$@"'
     yield ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "_"]
 
 
