@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 RESERVED = b".wh..wh."  # AUFS's own bookkeeping; everything below that is not OPAQUE is ignored
+DEEPEST = 2048  # directories in a path: Linux takes no more of them in PATH_MAX bytes
 LINKS = 40  # symbolic links followed in one path, as the kernel's MAXSYMLINKS
 
 # A member as it is kept until its layer is applied: a node, or the target's path for a hard link.
@@ -38,56 +39,57 @@ Opener = Callable[[int], "tar.Reader"]
 class Layer:
     """What one layer says, without its data.
 
-    `records` alternates path and Record: at half a million members the tuples would cost more than the paths.
+    `records` is directory, name, Record of one member after another: at half a million members tuples would cost more than
+    what they hold, and so would whole paths.
     """
 
     __slots__ = ("opaques", "records", "whiteouts")
 
     def __init__(self) -> None:
         self.records: list[bytes | Record] = []
-        self.whiteouts: list[bytes] = []
+        self.whiteouts: list[tuple[bytes, bytes]] = []
         self.opaques: list[bytes] = []
 
-    def marks(self) -> list[tuple[bytes, bytes | None]]:
-        """(directory, name) for each whiteout, (directory, None) for each opaque directory."""
-        split = [path.rpartition(b"/") for path in self.whiteouts]
-        return [(directory, name) for directory, _, name in split] + [(path, None) for path in self.opaques]
-
-    def members(self) -> Iterator[tuple[bytes, Record]]:
+    def members(self) -> Iterator[tuple[bytes, bytes, Record]]:
         flat = iter(self.records)
-        return zip(flat, flat)  # type: ignore[arg-type]  # alternating by construction
+        return zip(flat, flat, flat)  # type: ignore[arg-type]  # in turn by construction
 
 
 class Shade:
     """The paths that newer layers decide: a file of an older layer below one of them is not part of the image."""
 
     def __init__(self) -> None:
-        self.decided: set[bytes] = set()  # defined or removed by a newer layer
-        self.closed: set[bytes] = set()  # of these, the ones that hide everything older below them
+        # Directory -> names that a newer layer defines or removes there; the value: whether older files below it may still count.
+        self.decided: dict[bytes, dict[bytes, bool]] = {}
+        self.opaques: set[bytes] = set()
         self.wanted: set[bytes] = set()  # targets of newer hard links: their data is needed whatever hides the name
         self._memo: dict[bytes, bool] = {}
 
     def add(self, layer: Layer) -> None:
         self._memo.clear()
-        for path, record in layer.members():
-            self.decided.add(path)
-            if not isinstance(record, Node) or record.kind != "d":
-                self.closed.add(path)
-        self.decided.update(layer.whiteouts)
-        self.closed.update(layer.whiteouts)
-        self.closed.update(layer.opaques)
+        self.opaques.update(layer.opaques)
+        for directory, name, record in layer.members():
+            names = self.decided.setdefault(directory, {})
+            names[name] = names.get(name, True) and isinstance(record, Node) and record.kind == "d"
+        for directory, name in layer.whiteouts:
+            self.decided.setdefault(directory, {})[name] = False
 
-    def hides(self, path: bytes) -> bool:
-        return path in self.decided or self._below_closed(path.rpartition(b"/")[0])
+    def hides(self, directory: bytes, name: bytes) -> bool:
+        return name in self.decided.get(directory, ()) or self._is_closed(directory)
 
-    def _below_closed(self, directory: bytes) -> bool:
+    def _is_closed(self, directory: bytes) -> bool:
+        """Whether nothing that older layers have below `directory` is part of the image."""
         above = []
         while (known := self._memo.get(directory)) is None:
             above.append(directory)
-            if directory in self.closed or not directory:
-                known = directory in self.closed
+            parent, _, name = directory.rpartition(b"/")
+            if directory in self.opaques or not self.decided.get(parent, {}).get(name, True):
+                known = True
                 break
-            directory = directory.rpartition(b"/")[0]
+            if not directory:
+                known = False
+                break
+            directory = parent
         for name in above:
             self._memo[name] = known
         return known
@@ -104,9 +106,14 @@ class Tree:
     def apply(self, layer: Layer, number: int) -> None:
         """One layer on top of what is there.  Raises ImageError where the specification leaves no meaning."""
         removed: list[tuple[Node, bytes | None]] = []  # all found before any is removed: their order means nothing
-        made = {path for path, record in layer.members() if isinstance(record, Node) and record.kind == "d"} if layer.marks() else set()
-        for path, gone in layer.marks():
-            parent = None if self._replaced(path, made) else self.directory(path)
+        marks: list[tuple[bytes, bytes | None]] = [*layer.whiteouts, *((directory, None) for directory in layer.opaques)]
+        made = (
+            {_joined(above, name) for above, name, record in layer.members() if isinstance(record, Node) and record.kind == "d"}
+            if marks
+            else set()
+        )
+        for directory, gone in marks:
+            parent = None if self._replaced(directory, made) else self.directory(directory)
             if parent is not None:
                 removed.append((parent, gone))
         for parent, gone in removed:
@@ -115,11 +122,11 @@ class Tree:
             else:
                 parent.payload.pop(gone, None)
         self._last = None
-        for path, record in layer.members():
+        for directory, name, record in layer.members():
             try:
-                self.put(path, record)
+                self.put(directory, name, record)
             except ImageError as error:
-                raise ImageError(f"merging {self._where(number)}: {escaped(path)}: {error.message}") from None
+                raise ImageError(f"merging {self._where(number)}: {escaped(_joined(directory, name))}: {error.message}") from None
 
     def _replaced(self, path: bytes, made: set[bytes]) -> bool:
         """Whether a layer that makes the directories `made` puts one of them on the way in the place of something else.
@@ -133,15 +140,15 @@ class Tree:
                 return True
         return False
 
-    def put(self, path: bytes, record: Record) -> None:
+    def put(self, directory: bytes, name: bytes, record: Record) -> None:
+        """One member in the place of what is there; the root has no name.  Raises ImageError."""
         if isinstance(record, bytes):
-            record = self._target(path, record)
-        if not path:
+            record = self._target(directory, name, record)
+        if not name:
             if record.kind != "d":
                 raise ImageError("the root of an image must be a directory")
             _update(self.root, record)
             return
-        directory, _, name = path.rpartition(b"/")
         parent = self.directory(directory, record)
         assert parent is not None  # directory() makes what is missing when it is given a record
         children: dict[bytes, Node] = parent.payload
@@ -154,16 +161,15 @@ class Tree:
             children[name] = record
             self._last = None  # the path of the last directory may have led through the old node
 
-    def _target(self, path: bytes, target: bytes) -> Node:
-        directory, _, name = target.rpartition(b"/")
-        parent = self.directory(directory)
-        node = parent.payload.get(name) if parent is not None else None
-        if node is None or path == target:
-            raise ImageError(f"hard link to {escaped(target)}, which " + ("is itself" if path == target else "is not in the image"))
+    def _target(self, directory: bytes, name: bytes, target: bytes) -> Node:
+        if _joined(directory, name) == target:
+            raise ImageError(f"hard link to {escaped(target)}, which is itself")
+        node = self.lookup(target)
+        if node is None:
+            raise ImageError(f"hard link to {escaped(target)}, which is not in the image")
         if node.kind == "d":
             raise ImageError(f"hard link to {escaped(target)}, which is a directory")
-        found: Node = node
-        return found
+        return node
 
     def lookup(self, path: bytes) -> Node | None:
         """The node at `path`, links followed on the way but not at its end; None where there is none."""
@@ -226,6 +232,10 @@ class Tree:
                     stack.append(child)
 
 
+def _joined(directory: bytes, name: bytes) -> bytes:
+    return directory + b"/" + name if directory else name
+
+
 def _update(directory: Node, other: Node) -> None:
     directory.mode, directory.uid, directory.gid = other.mode, other.uid, other.gid
     directory.mtime, directory.xattr = other.mtime, other.xattr
@@ -255,7 +265,7 @@ def merge(
         tree.apply(layer, number)
     missing = {id(node) for node in tree.nodes() if node.kind == "f" and node.payload is None}
     for number in reversed(range(count)):
-        again = {n: node for n, (_, node) in enumerate(layers[number].members()) if isinstance(node, Node) and id(node) in missing}
+        again = {n: node for n, (_, _, node) in enumerate(layers[number].members()) if isinstance(node, Node) and id(node) in missing}
         if again:
             _read_again(opener(number), again, writer)
         layers[number] = Layer()  # the tree holds what is still needed
@@ -263,7 +273,8 @@ def merge(
         if file.only_if_missing and tree.lookup(path) is not None:
             continue
         payload = {} if file.kind == "d" else file.content if file.kind == "l" else _store(writer, len(file.content), [file.content])
-        tree.put(path, Node(file.kind, file.mode, 0, 0, mtime, NO_XATTR, payload))
+        directory, _, name = path.rpartition(b"/")
+        tree.put(directory, name, Node(file.kind, file.mode, 0, 0, mtime, NO_XATTR, payload))
     return tree.root
 
 
@@ -271,20 +282,27 @@ def _read(reader: tar.Reader, layer: Layer, shade: Shade, writer: Writer, where:
     """Record what a layer says, and store the data of the files that no newer layer decides about."""
     records = layer.records
     links: list[bytes] = []
+    last = b""
     for member in reader:
         path = member.path
         if WHITEOUT in path and _whiteout(member, layer, where):
             continue
+        directory, _, name = path.rpartition(b"/")
+        if directory == last:
+            directory = last  # one object for all members of a directory
+        elif path.count(b"/") > DEEPEST:
+            raise ImageError(f"reading {where}: {escaped(path[:200])}...: more than {DEEPEST} directories deep")
+        last = directory
         kind = member.kind
         if kind == "h":
-            records += (path, member.link)
-            if not shade.hides(path):
+            records += (directory, name, member.link)
+            if not shade.hides(directory, name):
                 links.append(member.link)
             continue
         payload: object = None
         if kind == "f":
             # A target named by a link of this same layer came before the link, so only newer layers' wishes matter here.
-            if member.size == 0 or path in shade.wanted or not shade.hides(path):
+            if member.size == 0 or path in shade.wanted or not shade.hides(directory, name):
                 payload = _store(writer, member.size, reader.pieces())
         elif kind == "d":
             payload = {}
@@ -294,7 +312,7 @@ def _read(reader: tar.Reader, layer: Layer, shade: Shade, writer: Writer, where:
         elif kind in "cb":
             payload = member.rdev
         xattr = writer.xattrs(member.xattrs) if member.xattrs else NO_XATTR
-        records += (path, Node(kind, member.mode, member.uid, member.gid, member.mtime, xattr, payload))
+        records += (directory, name, Node(kind, member.mode, member.uid, member.gid, member.mtime, xattr, payload))
     shade.wanted.update(links)
 
 
@@ -317,7 +335,7 @@ def _whiteout(member: tar.Member, layer: Layer, where: str) -> bool:
     name = name[len(WHITEOUT) :]
     if name in (b"", b".", b".."):
         raise ImageError(f"reading {where}: {escaped(member.path)}: a whiteout that names no file")
-    layer.whiteouts.append(directory + b"/" + name if directory else name)
+    layer.whiteouts.append((directory, name))
     return True
 
 

@@ -60,7 +60,7 @@ class Limits:
         max_bytes: uncompressed bytes of all layers together, holes of sparse files included.
     """
 
-    max_entries: int = 1_000_000
+    max_entries: int = 500_000
     max_bytes: int = 1 << 40
     entries: int = field(default=0, init=False)
     size: int = field(default=0, init=False)
