@@ -1,0 +1,345 @@
+"""The command line: click's commands, each a few lines that call the room where the work is done.
+
+    door --> main() --> a command --> 0, another exit code, or the Options of a run, which the door starts
+
+A command prints its result on stdout; progress and warnings go to stderr.  It raises SciexecError, never exits.  Whatever
+costs time to import is imported inside the command that needs it.  A command's exit code is what it returns; None is 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sciexec import options, version
+from sciexec.errors import UsageError
+from sciexec.options import FLAG, LATER, LIST, OPTIONS, READY, Option, Options
+
+if TYPE_CHECKING:
+    from convert.progress import Progress
+    from convert.pull import Settings
+
+
+def main(program: str, arguments: list[str]) -> int | Options:
+    """Read a command line and obey; returns the exit code, or what the door shall run.
+
+    Arguments: those of sciexec.__main__.main.  Raises SciexecError; UsageError for what click finds wrong.
+    """
+    shown = "sciexec" if program.endswith(".py") else program.rpartition("/")[2]
+    try:
+        answer = commands.main(arguments or ["--help"], prog_name=shown, standalone_mode=False, obj={"program": program})
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
+    except click.ClickException as error:
+        said = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        path = said or " ".join([shown, *(word for word in arguments if word in commands.commands)][:2])
+        raise UsageError(f"{path}: {error.format_message().rstrip('.')}", f"see `{path} --help`") from error
+    return answer if isinstance(answer, (int, Options)) else 0
+
+
+# --- options from the table -------------------------------------------------------------------------------------------------
+
+
+def click_option(number: int, row: Option) -> click.Option:
+    """A row of the table for click.  What this release lacks is known all the same, to be refused by its name."""
+    hints = " ".join(f"SCIEXEC_{key}" for key in row.keys[:1])
+    return click.Option(
+        [f"row_{number}", *row.names],
+        is_flag=row.kind == FLAG,
+        multiple=row.kind == LIST,
+        metavar=row.metavar or None,
+        help=f"{row.help} [{hints}]" if hints else row.help,
+        hidden=row.state != READY,
+        default=None if row.kind == LIST else (False if row.kind == FLAG else None),
+    )
+
+
+def click_options(verb: str) -> list[click.Parameter]:
+    return [click_option(number, row) for number, row in enumerate(OPTIONS) if verb in row.verbs]
+
+
+def by_slot(given: dict[str, Any]) -> dict[str, options.Value]:
+    """The values that click found, as options.settle() takes them.  Raises UsageError for an option of a later release."""
+    values: dict[str, options.Value] = {}
+    for number, row in enumerate(OPTIONS):
+        value = given.pop(f"row_{number}", None)
+        if value in (None, False, ()):
+            continue
+        if row.state == LATER:
+            raise options.later(row, row.names[0])
+        values[row.slot] = list(value) if row.kind == LIST else value
+    return values
+
+
+class Run(click.Command):
+    """run, exec or shell: IMAGE ends the options, everything behind it is the payload's."""
+
+    def __init__(self, verb: str, usage: str, help: str) -> None:
+        image = click.Argument(["image"], metavar="IMAGE")
+        argv = click.Argument(["argv"], nargs=-1, type=click.UNPROCESSED, required=verb == "exec", metavar=usage)
+        parameters = [*click_options(verb), image, argv]
+        settings = {"allow_interspersed_args": False}
+        super().__init__(verb, context_settings=settings, callback=self.settle, params=parameters, help=help)
+
+    def settle(self, image: str, argv: tuple[str, ...], **given: Any) -> Options:
+        from sciexec import environment
+
+        context = click.get_current_context()
+        values = {**context.obj.get("values", {}), **by_slot(given)}
+        return fetched(options.settle(context.obj["program"], str(self.name), values, image, list(argv), environment.host()))
+
+
+def fetched(chosen: Options) -> Options:
+    """`chosen` with an image that is a local file: one that is named by a URI is converted into the cache first."""
+    if chosen.is_remote():
+        from convert import pull
+        from convert.progress import Silent, progress
+
+        settings = pull.Settings(
+            arch=chosen.arch or None, authfile=chosen.authfile or "", no_https=chosen.no_https, disable_cache=chosen.disable_cache
+        )
+        # A run says nothing of its own where nobody watches: its stderr is the payload's.
+        with progress(chosen.quiet) if sys.stderr.isatty() else Silent() as shown:
+            chosen.image = pull.cached(chosen.image, settings, shown)
+    return chosen
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------------
+
+
+class InOrder(click.Group):
+    """Commands are listed as they stand below, the most used first."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        click.echo(version(ctx.obj["program"]))
+        ctx.exit()
+
+
+@click.group(cls=InOrder, params=click_options("global"), context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="print the version and exit")
+@click.pass_context
+def commands(ctx: click.Context, /, **given: Any) -> None:
+    """Run scientific software out of one file, as yourself: Docker and OCI images become SIF files, SIF files run."""
+    ctx.obj["values"] = by_slot(given)
+
+
+commands.add_command(Run("run", "[ARGUMENT]...", "Run what IMAGE is made to run: its runscript, or its ENTRYPOINT and CMD."))
+commands.add_command(Run("exec", "COMMAND [ARGUMENT]...", "Run COMMAND in IMAGE."))
+commands.add_command(Run("shell", "[ARGUMENT]...", "Start a shell in IMAGE."))
+
+
+@commands.command()
+@click.argument("image", required=False)
+def check(image: str | None) -> int:
+    """Say, step by step, whether this host can run images (IMAGE, if given), and what to do where it cannot."""
+    from convert import blobs
+    from sciexec import doctor
+
+    def cache() -> str:
+        return blobs.Cache(blobs.directory()).path
+
+    return doctor.check(image, click.echo, cache)
+
+
+@commands.command("version")
+@click.pass_context
+def bare_version(ctx: click.Context) -> None:
+    """Print the version's number alone."""
+    click.echo(version(ctx.obj["program"]).rpartition(" ")[2])
+
+
+@commands.command("help")
+@click.argument("command", required=False)
+@click.pass_context
+def help_on(ctx: click.Context, command: str | None) -> None:
+    """Print the help of COMMAND."""
+    path = [command] if command else []
+    commands.main([*path, "--help"], prog_name=ctx.find_root().info_name, standalone_mode=False, obj=ctx.obj)
+
+
+# --- images: made, looked at, kept ------------------------------------------------------------------------------------------
+
+CONVERSION = (
+    click.option("--compression", metavar="NAME[:LEVEL]", help="zstd (the default, level 3), gzip, lz4 or xz"),
+    click.option("--block-size", type=int, metavar="BYTES", help="of the SquashFS, a power of two [131072]"),
+    click.option("--max-entries", type=int, metavar="N", help="refuse an image of more files [500000]"),
+    click.option("--max-bytes", type=int, metavar="BYTES", help="refuse an image that is larger uncompressed [1 TiB]"),
+    click.option("--max-ratio", type=int, metavar="N", help="refuse a layer that grows more times when decompressed [500]"),
+    click.option("--arch", metavar="NAME", help="architecture to choose: amd64, arm64 ..."),
+    click.option("--authfile", metavar="PATH", help="credentials for the registry, as docker's config.json"),
+    click.option("--no-https", is_flag=True, default=None, help="speak http to the registry"),
+    click.option("--disable-cache", is_flag=True, default=None, help="keep nothing of what a registry sends"),
+    click.option("--force", "-F", is_flag=True, help="replace what is there"),
+    click.option("--quiet", "-q", is_flag=True, help="say errors only"),
+)
+
+
+def conversion(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags of whatever converts: they arrive as `settings` (convert.pull.Settings), `progress` and `force`."""
+
+    @functools.wraps(command)
+    def settled(*arguments: Any, quiet: bool, **given: Any) -> None:
+        from convert.progress import progress
+        from convert.pull import Settings
+
+        fields = Settings.__dataclass_fields__
+        chosen = {name: given.pop(name) for name in list(given) if name in fields}
+        repack = chosen["compression"] is not None or chosen["block_size"] is not None
+        settings = Settings(repack=repack, **{name: value for name, value in chosen.items() if value is not None and name != "compression"})
+        if chosen["compression"] is not None:
+            settings = settings.compressed(chosen["compression"])
+        with progress(quiet or bool(click.get_current_context().obj["values"].get("quiet"))) as shown:
+            result = command(*arguments, settings=settings, progress=shown, **given)
+        click.echo(result)
+
+    return functools.reduce(lambda function, option: option(function), reversed(CONVERSION), settled)
+
+
+@commands.command()
+@click.argument("operands", nargs=-1, required=True, metavar="[OUT] URI")
+@click.option("--name", default="", hidden=True)
+@click.option(
+    "--dir",
+    "directory",
+    metavar="PATH",
+    default="",
+    envvar=["SCIEXEC_PULLDIR", "APPTAINER_PULLDIR", "SINGULARITY_PULLDIR"],
+    help="where to write",
+)
+@conversion
+def pull(operands: tuple[str, ...], name: str, directory: str, settings: Settings, progress: Progress, force: bool) -> str:
+    """Fetch an image and make one SIF file of it: docker://, docker-archive:, oci:, oci-archive:."""
+    from convert import pull, reference
+
+    *out, uri = operands
+    if len(out) > 1:
+        raise UsageError(f"pull: {out[1]}: one file name and one URI, no more", "see `sciexec pull --help`")
+    path = os.path.join(directory, *(out or [name or reference.parse(uri).default_output()]))
+    return pull.pull(uri, path, settings, progress, force=force)
+
+
+@commands.command()
+@click.argument("out")
+@click.argument("spec")
+@click.option("--sandbox", "-s", is_flag=True, help="make a directory instead of a file")
+@conversion
+def build(out: str, spec: str, sandbox: bool, settings: Settings, progress: Progress, force: bool) -> str:
+    """Make the image OUT of SPEC: a URI, a SIF, a SquashFS or a sandbox directory."""
+    from convert import build
+
+    return build.build(out, spec, settings, progress, as_sandbox=sandbox, force=force)
+
+
+ATTRIBUTES = {
+    "labels": "-l", "deffile": "-d", "runscript": "-r", "startscript": "-s", "test": "-t", "environment": "-e", "helpfile": "-H",
+}  # fmt: skip
+
+
+@commands.command(
+    "inspect", params=[click.Option([short, f"--{name}", name], is_flag=True, help=f"the {name}") for name, short in ATTRIBUTES.items()]
+)
+@click.option("--all", "everything", is_flag=True, help="all of them, as JSON")
+@click.option("--json", "-j", "as_json", is_flag=True, help="as JSON")
+@click.option("--app", metavar="NAME", default="", help="of this SCIF application")
+@click.option("--list-apps", is_flag=True, help="the names of the SCIF applications")
+@click.argument("image")
+def inspect_image(image: str, everything: bool, as_json: bool, app: str, list_apps: bool, **wanted: bool) -> None:
+    """Show what IMAGE says about itself (its labels, unless told otherwise); nothing of it is executed."""
+    from sciexec import inspect
+
+    chosen = [name for name, asked in wanted.items() if asked or everything]
+    terminal = sys.stdout.isatty()
+    text = inspect.inspect(image, chosen, as_json=as_json or everything, app=app, list_apps=list_apps, terminal=terminal)
+    click.echo(text, nl=False)
+
+
+@commands.group(cls=InOrder)
+def sif() -> None:
+    """Look into a SIF file."""
+
+
+@sif.command("list")
+@click.argument("image")
+def sif_list(image: str) -> None:
+    """List the objects of IMAGE."""
+    from sciexec import inspect
+
+    click.echo(inspect.sif_list(image), nl=False)
+
+
+@sif.command("header")
+@click.argument("image")
+def sif_header(image: str) -> None:
+    """Show the global header of IMAGE."""
+    from sciexec import inspect
+
+    click.echo(inspect.sif_header(image), nl=False)
+
+
+@sif.command("info")
+@click.argument("number", metavar="ID", type=int)
+@click.argument("image")
+def sif_info(number: int, image: str) -> None:
+    """Show the descriptor of object ID of IMAGE."""
+    from sciexec import inspect
+
+    click.echo(inspect.sif_info(image, number), nl=False)
+
+
+@sif.command("dump")
+@click.argument("number", metavar="ID", type=int)
+@click.argument("image")
+def sif_dump(number: int, image: str) -> None:
+    """Write the bytes of object ID of IMAGE to stdout."""
+    from sciexec import inspect
+
+    inspect.sif_dump(image, number, sys.stdout.fileno())
+
+
+@commands.group(cls=InOrder)
+def cache() -> None:
+    """Look after the cache of blobs and converted images."""
+
+
+KINDS = {"all": (), "blob": ("blob", "temporary"), "oci": ("image",), "image": ("image",)}
+of_type = click.option("--type", "-T", "kind", type=click.Choice(list(KINDS)), default="all", help="blobs, or converted images")
+
+
+@cache.command("list")
+@of_type
+@click.option("--verbose", "-v", is_flag=True, help="every file")
+def cache_list(kind: str, verbose: bool) -> None:
+    """Say what the cache holds."""
+    from convert import blobs
+
+    entries = [entry for entry in blobs.Cache(blobs.directory()).list() if not KINDS[kind] or entry.kind in KINDS[kind]]
+    for entry in entries if verbose else ():
+        made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.created))
+        click.echo(f"{entry.kind:<9} {made}  {entry.size / 1e6:>10.2f} MB  {entry.name}  {' '.join(entry.sources)}".rstrip())
+    for name, noun in (("image", "converted image"), ("blob", "blob")):
+        found = [entry.size for entry in entries if entry.kind == name]
+        click.echo(f"{len(found)} {noun}{'' if len(found) == 1 else 's'}, {sum(found) / 1e6:.2f} MB")
+
+
+@cache.command("clean")
+@of_type
+@click.option("--days", "-D", type=click.FloatRange(min=0), help="only what is older")
+@click.option("--dry-run", "-n", is_flag=True, help="say what would be removed")
+@click.option("--force", "-f", is_flag=True, help="do not ask (sciexec never does)")
+def cache_clean(kind: str, days: float | None, dry_run: bool, force: bool) -> None:
+    """Remove what the cache holds; whatever is needed again comes from its source."""
+    from convert import blobs
+
+    for entry in blobs.Cache(blobs.directory()).clean(days, dry_run, KINDS[kind] or None):
+        click.echo(f"{'would remove' if dry_run else 'removed'} {entry.kind} {entry.name}")
