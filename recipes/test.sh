@@ -9,6 +9,7 @@ if command -v apt-get >/dev/null; then (fresh_lists) 2>/dev/null || true; fi # t
 
 status=0
 if [ "$(id -u)" = 0 ]; then
+    rm -rf "/tmp/pytest-of-$ORDINARY" # of an earlier user of that name, it would be refused
     result=0
     PATH=$VENV/bin:$PATH PYTHONDONTWRITEBYTECODE=1 pytest -q -m root -p no:cacheprovider --timeout 600 "$@" </dev/null || result=$?
     [ "$result" = 5 ] || status=$result # 5: none of them was asked for
