@@ -1,5 +1,7 @@
 """An output file appears whole or not at all.
 
+While the file grows a thread pushes it to the disk piece by piece, so that little is left to wait for at the end.
+
 The file is written without a name (O_TMPFILE) in the directory it will live in, so that a process killed at any moment leaves
 nothing behind; where the file system cannot do that it has a hidden temporary name.  publish() flushes it, gives it its name
 by rename(2), and flushes the directory: after that it survives a power cut, and before that the old file is untouched.
@@ -11,9 +13,13 @@ import contextlib
 import errno
 import os
 import secrets
+import threading
 from types import TracebackType
 
 from sciexec.errors import HostError, UsageError
+
+
+FLUSHED = 0.5  # seconds between two pushes
 
 
 class Output:
@@ -37,6 +43,17 @@ class Output:
             self.fd = self._open(mode)
         except OSError as error:
             raise HostError(f"writing {path}: {error.strerror}") from error
+        self._failure: OSError | None = None
+        self._done = threading.Event()
+        self._flusher = threading.Thread(target=self._flush, name="flush", daemon=True)
+        self._flusher.start()
+
+    def _flush(self) -> None:
+        try:
+            while not self._done.wait(FLUSHED):
+                os.fdatasync(self.fd)
+        except OSError as error:  # the kernel tells it once: publish() has to hear of it from here
+            self._failure = error
 
     def _open(self, mode: int) -> int:
         try:
@@ -53,7 +70,11 @@ class Output:
 
     def publish(self) -> None:
         """Flush the file and give it its name.  Raises HostError, UsageError."""
+        self._done.set()
+        self._flusher.join()
         try:
+            if self._failure is not None:
+                raise self._failure
             os.fsync(self.fd)
             if self._temporary is None:
                 name = self._name()
@@ -86,6 +107,8 @@ class Output:
 
     def close(self) -> None:
         """Forget the file unless it was published.  May be called twice."""
+        self._done.set()
+        self._flusher.join()
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self.fd)

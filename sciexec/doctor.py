@@ -1,10 +1,11 @@
 """`sciexec check`: the steps of a run, one after another, each fine or why not, what that means, and who can change it how.
 
 Every step happens in a child of its own, which ends with it, so that nothing is changed and a step that hangs is named too.
-The exit code is 0 where images can run.  Where they cannot it is 1 plus the bit of every step that failed:
+The exit code is 0 where all is well, else the sum of the bits of the steps that failed, and 1 more where images cannot run:
 
     2 user namespace    4 mounts    8 /dev/fuse    16 squashfuse_ll    32 leaving privileges behind    64 the image itself
 
+Without FUSE (8, 16) images do run, unpacked.
 A step that a run can do without (overlay, home, cache, library, cgroup) is reported, and changes nothing in the exit code.
 """
 
@@ -21,6 +22,7 @@ from sciexec import environment, host, image, kernel, mounts, options, pysquashf
 from sciexec.errors import HostError, SciexecError, escaped
 
 CANNOT_RUN = 1
+UNPACKED = 8 | 16  # defects that the fallback makes up for
 PATIENCE = 20  # seconds for a step; a home on a dead file server would hang for ever
 
 Probe = Callable[[], str]  # what there is; raises OSError or SciexecError
@@ -70,7 +72,7 @@ def check(path: str | None, say: Callable[[str], object], cache: Probe) -> int:
     for line in conclusion(set(failed)):
         say(line)
     bits = sum(failed.values())
-    return bits | CANNOT_RUN if bits else 0
+    return bits | CANNOT_RUN if bits & ~UNPACKED else bits
 
 
 def conclusion(failed: set[str]) -> Iterable[str]:
@@ -79,7 +81,7 @@ def conclusion(failed: set[str]) -> Iterable[str]:
         yield "Nothing can run here: every container needs the steps above.  Images can still be pulled, built and inspected."
         return
     if failed & {"/dev/fuse", "squashfuse_ll"}:
-        yield "SIF and SquashFS images cannot run here; directories can: sciexec build --sandbox DIRECTORY IMAGE makes one."
+        yield "SIF and SquashFS images run here, each unpacked once into the cache; directories run as they are."
     else:
         yield "SIF and SquashFS images run here, mounted through FUSE; directories too."
     yield "A mount point that an image lacks is made on a tmpfs over its parent directory; no image is changed."
@@ -102,7 +104,9 @@ def in_child(probe: Probe) -> tuple[bool, str, str]:
     os.close(writer)
     text = b""
     deadline = time.monotonic() + PATIENCE
-    while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    waiting = select.poll()  # select() itself knows no descriptor above 1023
+    waiting.register(reader, select.POLLIN)
+    while waiting.poll(max(0.0, deadline - time.monotonic()) * 1000):
         if not (more := os.read(reader, 4096)):
             break
         text += more

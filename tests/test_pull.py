@@ -79,6 +79,9 @@ EVERYTHING = (
 )
 
 
+GOLDEN = "f662c62aa0d327095baf62702d8082943db4f0ad1d72bfec367209d13056bfea"
+
+
 @pytest.fixture
 def everything(tmp_path: Path) -> str:
     return lay_out(tmp_path / "layout", EVERYTHING)
@@ -165,6 +168,13 @@ def test_same_bytes_everywhere(sciexec: Command, everything: str, tmp_path: Path
         digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
         time.sleep(1.1)  # a clock in the file would show
     assert len(digests) == 1
+
+
+def test_golden_bytes(sciexec: Command, everything: str, tmp_path: Path) -> None:
+    """This image has these bytes, here and everywhere, until sciexec's version (a label) or what it writes changes."""
+    done = sciexec("pull", "--arch", "amd64", "--compression", "gzip", tmp_path / "out.sif", everything)
+    assert done.returncode == 0, done.stderr
+    assert hashlib.sha256((tmp_path / "out.sif").read_bytes()).hexdigest() == GOLDEN
 
 
 def test_source_date_epoch(sciexec: Command, everything: str, tmp_path: Path) -> None:
@@ -417,3 +427,29 @@ def test_objects_in_the_sif(sciexec: Command, oci_layout: Path, tmp_path: Path) 
     assert config["Entrypoint"] == ["/opt/app/hello"]
     attributes = json.loads(sciexec("inspect", "--json", tmp_path / "app.sif").stdout)["data"]["attributes"]
     assert attributes["labels"]["org.opencontainers.image.title"] == "app"
+
+
+# ------------------------------------------------------------------------------------------------------- a run of a URI
+
+
+def test_a_uri_is_converted_once_and_run(sciexec: Command, registry: LocalRegistry, oci_layout: Path, tmp_path: Path) -> None:  # noqa: F811
+    registry.push(f"{oci_layout}:app", "run/app:1")
+    uri = f"docker://{registry.host}/run/app:1"
+    for _ in range(2):
+        done = sciexec("run", uri, "you")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("good day you from a layer in ")
+    (image,) = (tmp_path / "cache/sciexec/images").glob("*.sif")
+    made = image.stat().st_mtime_ns
+    assert sciexec("exec", uri, "cat", "/opt/app/data/table").stdout == "1 2 3\n"
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache/sciexec/images").glob("*.sif")] == [made]
+    assert "1 converted image," in sciexec("cache", "list").stdout
+    assert uri in sciexec("cache", "list", "-v").stdout
+
+
+def test_a_uri_without_a_cache_to_put_it_in(sciexec: Command, oci_layout: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    done = sciexec("run", f"oci:{oci_layout}:app")
+    assert done.returncode == 255
+    assert "SCIEXEC_CACHEDIR" in done.stderr
+    assert "Traceback" not in done.stderr
