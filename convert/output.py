@@ -18,7 +18,6 @@ from types import TracebackType
 
 from sciexec.errors import HostError, UsageError
 
-
 FLUSHED = 0.5  # seconds between two pushes
 
 

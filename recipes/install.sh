@@ -9,9 +9,10 @@ extra=${1:-}
 if [ "$(id -u)" = 0 ]; then
     if ! id "$ORDINARY" >/dev/null 2>&1; then
         say "called by root: making the ordinary user \"$ORDINARY\" (home $PLACE/home)"
-        mkdir -p "$PLACE"
-        useradd --user-group --create-home --home-dir "$PLACE/home" --shell /bin/sh "$ORDINARY"
+        useradd --user-group --home-dir "$PLACE/home" --shell /bin/sh "$ORDINARY"
     fi
+    mkdir -p "$PLACE"
+    install -d -m 700 -o "$ORDINARY" -g "$ORDINARY" "$PLACE/home" # also where the user outlived its home
     if [ ! -e /dev/fuse ]; then modprobe fuse || mknod -m 666 /dev/fuse c 10 229; fi
     chmod 666 /dev/fuse # as udev does on every desktop and cluster
     mkdir -p "$TREE"
