@@ -81,7 +81,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def is_ours(pid: int) -> bool:
-    """Whether a server serves an image of this session; tests beside this one have servers of their own."""
+    """Whether a server serves an image of this run of the tests; others beside this one have servers of their own."""
     try:
         return os.environ.get("PYTEST_CURRENT_TEST", "") != "" and "pytest" in " ".join(
             os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")

@@ -21,7 +21,7 @@ def test_the_plan_as_text(images: dict[str, Path], tmp_path: Path, monkeypatch: 
     assert chosen is not None
     image = open_image(chosen.image)
     caller = host.Host()
-    caller.cwd, caller.uid, caller.gid, caller.groups = "/work/area", 7, 8, [8, 9]
+    caller.cwd, caller.uid, caller.gid, caller.groups = "/data/area", 7, 8, [8, 9]
     assert image.offset
     lines = run.plan(chosen, image, caller).describe().splitlines()
     os.close(image.fd)
@@ -42,7 +42,7 @@ def test_the_plan_as_text(images: dict[str, Path], tmp_path: Path, monkeypatch: 
         "edit /etc/group with gid 8,9",
         "bind /var/tmp /var/tmp optional",
         f"bind {tmp_path} /home/me",
-        "bind /work/area /work/area optional unless_visible",
+        "bind /data/area /data/area optional unless_visible",
         "user namespace 0:0 -> 7:8",
         "cwd /data",
     ]
