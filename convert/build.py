@@ -9,7 +9,6 @@ directory                packed                                   refused: copy 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
@@ -25,7 +24,7 @@ from sciexec import elf, image, pysquashfs, sif
 from sciexec.errors import HostError, ImageError, UsageError, escaped
 from sciexec.pysquashfs import Reader
 
-PIECE = 1 << 22  # bytes copied at a time
+PIECE = 1 << 28  # bytes copied at a time
 LOOKED_AT = 4096  # files of an image that are looked at for one that says what machine it is for
 COPIED = (sif.DEFFILE, sif.ENVVAR, sif.LABELS, sif.GENERIC_JSON, sif.GENERIC, sif.SBOM)  # not signatures: they sign another file
 
@@ -56,7 +55,10 @@ def build(out: str, spec: str, settings: Settings, progress: Progress, *, as_san
         )
     with contextlib.closing(_Source(spec)) as source, Output(out, force=force) as output:
         progress.step(f"building {out} from the {source.image.kind} {spec}")
-        _write(source, output.fd, settings)
+        try:
+            _write(source, output.fd, settings)
+        except OSError as error:
+            raise HostError(f"writing {out}: {error.strerror}") from error
         output.publish()
     return out
 
@@ -108,54 +110,52 @@ def _write(source: _Source, fd: int, settings: Settings) -> None:
 
 
 def _copy(source: int, start: int, size: int, target: int, position: int, path: str) -> None:
-    """Bytes from one file into another: shared by both where the file system can, else copied by the kernel."""
+    """Bytes from one file into another, copied by the kernel.  Raises ImageError if there are fewer, OSError."""
     end = start + size
+    os.lseek(target, position, os.SEEK_SET)
     while start < end:
-        try:
-            count = os.sendfile(target, source, start, min(PIECE << 6, end - start)) if os.lseek(target, position, os.SEEK_SET) >= 0 else 0
-        except OSError as error:
-            raise HostError(f"copying {path}: {error.strerror}") from error
+        count = os.sendfile(target, source, start, min(PIECE, end - start))
         if count == 0:
             raise ImageError(f"copying {path}: the file ends before its SquashFS does")
         start += count
-        position += count
 
 
 def _sandbox(out: str, spec: str, settings: Settings, progress: Progress, *, force: bool) -> str:
     """Unpack into a hidden directory beside `out`, which then takes its name."""
     if os.path.isdir(spec):
         raise UsageError(f"building {out}: {spec} is a directory already", "cp -a copies it")
-    there = os.path.lexists(out)
-    if there and not force:
+    if os.path.lexists(out) and not force:
         raise UsageError(f"building {out}: it exists already", "--force replaces it")
     out = out.rstrip("/") or out
     parent, name = os.path.split(out)
-    hidden = os.path.join(parent, f".{name[:200]}.{secrets.token_hex(6)}.part")
+    hidden = os.path.join(parent, f".{name[:200]}.{secrets.token_hex(6)}")
     with contextlib.ExitStack() as stack:
-        if os.path.lexists(spec):
-            source = stack.enter_context(contextlib.closing(_Source(spec)))
-            reader = source.reader()
-        else:
-            # Whiteouts, links and owners are settled in the converter alone; lz4 because the image lives for seconds.
-            file = stack.enter_context(tempfile.TemporaryFile(dir=parent or "."))
-            settings = replace(settings, compression="lz4", level=None)
-            pull.write(reference.parse(spec), file.fileno(), settings, progress)
-            reader = Reader(file.fileno(), sif.read(file.fileno(), spec).primary.offset, spec)
         try:
-            os.mkdir(hidden, 0o755)
-            stack.callback(_remove, hidden)
-            target = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(_remove, f"{hidden}.part")
+            os.mkdir(f"{hidden}.part", 0o755)  # first: where this fails nothing has been downloaded yet
+            if os.path.lexists(spec):
+                source = stack.enter_context(contextlib.closing(_Source(spec)))
+                reader = source.reader()
+            else:
+                # Whiteouts, links and owners are settled in the converter alone; lz4 because the image lives for seconds.
+                file = stack.enter_context(tempfile.TemporaryFile(dir=parent or "."))
+                settings = replace(settings, compression="lz4", level=None)
+                pull.write(reference.parse(spec), file.fileno(), settings, progress)
+                reader = Reader(file.fileno(), sif.read(file.fileno(), spec).primary.offset, spec)
+            target = os.open(f"{hidden}.part", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, target)
             progress.step(f"unpacking into {out}")
             left_out = sum(reader.unpack(target))
             if left_out:
                 progress.warn(f"{out}: {left_out} devices and sockets were left out, which an ordinary user cannot make")
-            if there:
-                _remove(out)
-            os.rename(hidden, out)
+            if os.path.lexists(
+                out
+            ):  # a directory cannot be replaced by a rename: the old one steps aside, whole, until the new one is there
+                os.rename(out, f"{hidden}.old")
+            os.rename(f"{hidden}.part", out)
+            _remove(f"{hidden}.old")
         except OSError as error:
-            hint = "it is in the way: remove it" if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else ""
-            raise HostError(f"building {out}: {error.strerror}", hint) from error
+            raise HostError(f"building {out}: {error.strerror}") from error
     return out
 
 

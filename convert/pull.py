@@ -136,25 +136,29 @@ def with_image(ref: reference.Reference, settings: Settings, cache: Cache | None
                 discarded.add(error.digest)
                 progress.warn(f"{ref}: layer {error.digest[:19]} was damaged in the cache; it is fetched again")
 
+
 def convert(image: oci.Image, fd: int, settings: Settings, progress: Progress) -> None:
     """Write `image` as a SIF to the file `fd`, whatever was in it.
 
     Raises: Damaged, ImageError, LimitError, RegistryError, HostError; the file is then worthless.
     """
-    os.ftruncate(fd, 0)
-    created = timestamp(image.created)
-    builder = sif.Builder(fd, arch=image.arch, created=created)
-    for datatype, name, data in metadata.objects(image):
-        builder.add(datatype, name, data)
-    with contextlib.ExitStack() as stack:
-        source = _Layers(image, settings, progress, stack)
-        writer = stack.enter_context(new_writer(fd, builder.partition_offset(), created, settings))
-        try:
-            root = layers.merge(len(image.layers), source.open, writer, where=source.where, extra=metadata.files(image), mtime=created)
-        except ImageError as error:
-            source.blame(error)
-            raise
-        builder.finish(writer.finish(root))
+    try:
+        os.ftruncate(fd, 0)
+        created = timestamp(image.created)
+        builder = sif.Builder(fd, arch=image.arch, created=created)
+        for datatype, name, data in metadata.objects(image):
+            builder.add(datatype, name, data)
+        with contextlib.ExitStack() as stack:
+            source = _Layers(image, settings, progress, stack)
+            writer = stack.enter_context(new_writer(fd, builder.partition_offset(), created, settings))
+            try:
+                root = layers.merge(len(image.layers), source.open, writer, where=source.where, extra=metadata.files(image), mtime=created)
+            except ImageError as error:
+                source.blame(error)
+                raise
+            builder.finish(writer.finish(root))
+    except OSError as error:  # of the builder: all others have become errors of their own below
+        raise HostError(f"writing the image of {image.reference}: {error.strerror}") from error
 
 
 class _Layers:

@@ -122,6 +122,7 @@ def test_sandbox_of_a_uri(sciexec: Command, oci_layout: Path, tmp_path: Path) ->
     again = sciexec("build", "--sandbox", tmp_path / "box", f"oci:{oci_layout}:app")
     assert (again.returncode, again.stderr.count("FATAL")) == (1, 1)
     assert sciexec("build", "--sandbox", "--force", tmp_path / "box", f"oci:{oci_layout}:app").returncode == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".box")] == []
     shutil.rmtree(tmp_path / "box")
 
 
@@ -130,6 +131,7 @@ WRONG = {
     "not an image": (lambda tmp: [tmp / "out.sif", "/etc/passwd"], "neither SIF nor SquashFS"),
     "a definition file": (lambda tmp: [tmp / "out.sif", tmp / "recipe.def"], "definition file"),
     "a directory of a directory": (lambda tmp: ["--sandbox", tmp / "out", tmp], "is a directory already"),
+    "a sandbox nowhere": (lambda tmp: ["--sandbox", tmp / "nodir/out", "oci:/nonexistent:x"], "nodir/out: No such file or directory"),
     "unknown transport": (lambda tmp: [tmp / "out.sif", "library://alpine"], "library"),
     "an unreadable file": (lambda tmp: [tmp / "out.sif", tmp / "closed"], "closed"),
 }
@@ -146,6 +148,7 @@ def test_wrong(sciexec: Command, tmp_path: Path, name: str) -> None:
     assert done.returncode in (1, 255)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert "itself failed" not in done.stderr
     assert not list(tmp_path.glob("*out*"))
 
 

@@ -453,3 +453,18 @@ def test_a_uri_without_a_cache_to_put_it_in(sciexec: Command, oci_layout: Path, 
     assert done.returncode == 255
     assert "SCIEXEC_CACHEDIR" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_is_full_at_once(sciexec_path: Path, everything: str, tmp_path: Path) -> None:
+    """Also what stands in front of the SquashFS may not fit: the error is ours, and of one line."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sciexec_path, "pull", "-q", tmp_path / "out.sif", everything]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert done.returncode == 255
+    assert done.stderr.startswith("FATAL: writing the image")
+    assert "File too large" in done.stderr.splitlines()[0]
+    assert not (tmp_path / "out.sif").exists()
