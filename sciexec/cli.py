@@ -19,7 +19,7 @@ import click
 
 from sciexec import options, version
 from sciexec.errors import UsageError
-from sciexec.options import FLAG, LATER, LIST, OPTIONS, READY, Option, Options
+from sciexec.options import FLAG, LATER, LIST, NEVER, OPTIONS, READY, Option, Options
 
 if TYPE_CHECKING:
     from convert.progress import Progress
@@ -65,14 +65,14 @@ def click_options(verb: str) -> list[click.Parameter]:
 
 
 def by_slot(given: dict[str, Any]) -> dict[str, options.Value]:
-    """The values that click found, as options.settle() takes them.  Raises UsageError for an option of a later release."""
+    """The values that click found, as options.settle() takes them.  Raises UsageError for an option that is refused."""
     values: dict[str, options.Value] = {}
     for number, row in enumerate(OPTIONS):
         value = given.pop(f"row_{number}", None)
         if value in (None, False, ()):
             continue
-        if row.state == LATER:
-            raise options.later(row, row.names[0])
+        if row.state in (LATER, NEVER):
+            raise options.refused(row, row.names[0])
         values[row.slot] = list(value) if row.kind == LIST else value
     return values
 
@@ -137,6 +137,7 @@ def commands(ctx: click.Context, /, **given: Any) -> None:
 commands.add_command(Run("run", "[ARGUMENT]...", "Run what IMAGE is made to run: its runscript, or its ENTRYPOINT and CMD."))
 commands.add_command(Run("exec", "COMMAND [ARGUMENT]...", "Run COMMAND in IMAGE."))
 commands.add_command(Run("shell", "[ARGUMENT]...", "Start a shell in IMAGE."))
+commands.add_command(Run("test", "[ARGUMENT]...", "Run the test that IMAGE brings along, if it does."))
 
 
 @commands.command()

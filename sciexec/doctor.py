@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 
-from sciexec import environment, host, image, kernel, mounts, options, pysquashfs, run, version
+from sciexec import enter, environment, host, image, isolation, kernel, options, pysquashfs, run, sources, version
 from sciexec.errors import HostError, SciexecError, escaped
 
 CANNOT_RUN = 1
@@ -57,7 +57,7 @@ def check(path: str | None, say: Callable[[str], object], cache: Probe) -> int:
     steps = [*STEPS, Step("cache", 0, cache, "every pull downloads everything", "SCIEXEC_CACHEDIR names another directory")]
     if path is not None:
         remedy = "sciexec exec --debug IMAGE true says every step of it"
-        steps.append(Step("image", 64, lambda: enter(path), f"{escaped(path)} does not run", remedy, NAMESPACES))
+        steps.append(Step("image", 64, lambda: attempt(path), f"{escaped(path)} does not run", remedy, NAMESPACES))
     for step in steps:
         missing = [name for name in step.needs if name in failed]
         if missing:
@@ -143,7 +143,7 @@ def become_root() -> int:
     uid, gid = os.getuid(), os.getgid()
     proc = os.open("/proc/self", os.O_PATH)
     try:
-        run.user_namespace(proc, f"0 {uid} 1", f"0 {gid} 1")
+        isolation.user_namespace(proc, f"0 {uid} 1", f"0 {gid} 1")
     except OSError as error:
         raise HostError(*kernel.why(error, "unshare")) from error
     return proc
@@ -161,7 +161,7 @@ def become_mounter() -> int:
     try:
         kernel.unshare(kernel.CLONE_NEWNS)
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
-        kernel.mount("tmpfs", "/tmp", "tmpfs", mounts.PRIVATE, "mode=755")
+        kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.PRIVATE, "mode=755")
     except OSError as error:
         if sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1":
             # Ubuntu lets anybody make a user namespace, and then forbids everything in it
@@ -191,26 +191,26 @@ def fuse() -> str:
     os.mkdir("fuse")
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other"
     try:
-        kernel.mount("sciexec", "fuse", "fuse", mounts.PRIVATE | kernel.MS_RDONLY, options)
+        kernel.mount("sciexec", "fuse", "fuse", kernel.PRIVATE | kernel.MS_RDONLY, options)
     except OSError as error:
         raise HostError(f"it opens, but mounting is refused: {error.strerror}", "Linux 4.18 was the first to allow it") from error
     return "opened and mounted inside the user namespace"
 
 
 def server() -> str:
-    for program in mounts.SERVERS:
+    for program in sources.SERVERS:
         if os.access(program, os.X_OK):
             done = subprocess.run([program], env={}, input=b"", capture_output=True, check=False)
             first = (done.stderr or done.stdout).decode("utf-8", "replace").partition("\n")[0]
             return f"{program} ({escaped(first.partition(' (c)')[0]) or 'says nothing of its version'})"
-    raise HostError(f"not in {', '.join(sorted({os.path.dirname(program) for program in mounts.SERVERS}))}")
+    raise HostError(f"not in {', '.join(sorted({os.path.dirname(program) for program in sources.SERVERS}))}")
 
 
 def overlay() -> str:
     become_mounter()
     for name in ("lower", "upper", "work", "root"):
         os.mkdir(name)
-    kernel.mount("overlay", "root", "overlay", mounts.PRIVATE, "lowerdir=lower,upperdir=upper,workdir=work,userxattr")
+    kernel.mount("overlay", "root", "overlay", kernel.PRIVATE, "lowerdir=lower,upperdir=upper,workdir=work,userxattr")
     return "overlayfs in a user namespace"
 
 
@@ -218,7 +218,7 @@ def leave_privileges() -> str:
     uid, gid = os.getuid(), os.getgid()
     proc = become_mounter()
     try:
-        run.user_namespace(proc, f"{uid} 0 1", f"{gid} 0 1")
+        isolation.user_namespace(proc, f"{uid} 0 1", f"{gid} 0 1")
     except OSError as error:
         raise HostError(f"a user namespace inside a user namespace: {kernel.why(error, 'unshare')[0]}") from error
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
@@ -249,11 +249,11 @@ def cgroup() -> str:
     return f"version 2, {escaped(entries[''])}"
 
 
-def enter(path: str) -> str:
+def attempt(path: str) -> str:
     """All of a run of the image but its last step, execve."""
     chosen = options.settle("sciexec", "exec", {}, path, ["true"], environment.host())
     opened = image.open_image(path)
-    run.enter(run.plan(chosen, opened, host.Host()))
+    enter.enter(run.plan(chosen, opened, host.Host()))
     return opened.describe()
 
 

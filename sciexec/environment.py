@@ -37,6 +37,7 @@ LARGEST_START = 4 << 20  # bytes; execve(2) takes a quarter of the stack's limit
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LIBRARIES = "/.singularity.d/libs"  # where host libraries are bound
 SCRIPTS = "/.singularity.d/env"
+TEST = "/.singularity.d/test"
 RUNSCRIPTS = ("/.singularity.d/runscript", "/singularity")  # the second: images of Singularity 2
 
 # What passes with --cleanenv; everything else of the host stays outside.
@@ -349,6 +350,10 @@ class Payload:
                 if is_program(script):
                     return [script, *self.argv]
             return self.argv or ["/bin/sh"]
+        if self.verb == "test":
+            if not is_program(TEST):
+                raise ImageError("the image has no test", "a %test section of its definition file makes one")
+            return [TEST, *self.argv]
         return self.argv
 
     def script(self, argv: Sequence[str]) -> list[str]:

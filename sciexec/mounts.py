@@ -18,7 +18,7 @@ import errno
 import os
 import stat
 
-from sciexec import image, kernel
+from sciexec import kernel
 from sciexec.errors import HostError, ImageError, escaped
 
 TYPE_CHECKING = False
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LINKS = 40  # symbolic links followed in one path, as the kernel does
 FEW = 32  # entries of a directory that are bound one by one, about 30 us each, to save the cost of an overlay later on
-PRIVATE, SERVERS = kernel.PRIVATE, image.SERVERS
+PRIVATE = kernel.PRIVATE
 LARGEST_FILE = 1 << 20  # bytes of an image's file that is read whole
 
 
@@ -51,6 +51,7 @@ class Root:
 
     def __init__(self, path: str, *, writable: bool) -> None:
         self.path = path
+        self.writable = writable
         self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
         self._grown = 0  # directories
         self._ours: set[int] = set()  # ids of mounts in which mount points can be made
@@ -227,6 +228,9 @@ class Operation:
         """One line: what, from where, to where."""
         raise NotImplementedError
 
+    def start(self) -> None:
+        """What has to be done inside the user namespace that mounts, and in front of its mount namespace.  Raises OSError."""
+
     def prepare(self, root: Root) -> None:
         """Make the mount point.  Raises OSError, HostError."""
 
@@ -245,9 +249,7 @@ class Bind(Operation):
 
     __slots__ = ("read_only", "source", "unless_visible")
 
-    def __init__(
-        self, source: str, target: str, *, read_only: bool = False, optional: bool = False, unless_visible: bool = False
-    ) -> None:
+    def __init__(self, source: str, target: str, *, read_only: bool = False, optional: bool = False, unless_visible: bool = False) -> None:
         super().__init__(target, optional=optional)
         self.source = source
         self.read_only = read_only

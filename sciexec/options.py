@@ -14,20 +14,25 @@ from __future__ import annotations
 
 import os
 
-from sciexec.errors import HostError, UsageError, escaped
+from sciexec import spelling
+from sciexec.errors import UsageError, escaped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Union
 
+    from sciexec.spelling import Bind
+
     Value = Union[bool, str, list[str]]
-    Bind = tuple[str, str, bool]  # source, destination, read-only
 
 FLAG, VALUE, LIST = "flag", "value", "list"  # a LIST may be given several times
-READY, ALWAYS, LATER = "ready", "always", "later"  # ALWAYS: what it asks for is so anyway.  LATER: refused by name
+# ALWAYS: what it asks for is so anyway.  LATER: this release lacks it.  NEVER: it needs privileges, or a daemon that has them.
+READY, ALWAYS, LATER, NEVER = "ready", "always", "later", "never"
 
-RUNS = ("run", "exec", "shell")
+ACTIONS = ("run", "exec", "shell", "test")
+STARTS = ("start", "instance run")  # what `instance start` and `instance run` are called here
+RUNS = (*ACTIONS, *STARTS)
 GLOBAL = ("global", *RUNS)  # in front of the verb, or behind it
 
 PREFIXES = ("SCIEXEC_", "APPTAINER_", "SINGULARITY_")  # strongest first
@@ -69,117 +74,153 @@ class Option:
 
 
 def _others(state: str, kind: str, rows: str) -> tuple[Option, ...]:
-    """Rows without a slot of their own: one a line, names, then keys behind a bar."""
-    lines = [line.partition("|") for line in rows.strip().splitlines()]
-    return tuple(Option(names.split()[0], names, kind, keys=keys, state=state) for names, _, keys in lines)
+    """Rows without a slot of their own: one a line, names, keys behind a bar, and behind another why it is refused."""
+    lines = [[part.strip() for part in f"{line}||".split("|")] for line in rows.strip().splitlines()]
+    return tuple(Option(names.split()[0], names, kind, why, keys, state=state) for names, keys, why, *_ in lines)
 
+
+def _limits(rows: str) -> tuple[Option, ...]:
+    """Rows of cgroup limits: name, metavar, help."""
+    lines = [[part.strip() for part in line.split("|")] for line in rows.strip().splitlines()]
+    return tuple(
+        Option(name[2:].replace("-", "_"), name, VALUE, help, name[2:].replace("-", "_").upper(), metavar=metavar, state=LATER)
+        for name, metavar, help in lines
+    )
+
+
+LIMITS = _limits("""
+    --memory | BYTES | limit of memory, with k, m, g or t behind the number
+    --memory-swap | BYTES | limit of memory and swap together; -1 for no limit of swap
+    --memory-reservation | BYTES | memory that is kept when others need some
+    --cpus | N | limit of CPUs, as 1.5
+    --cpu-shares | N | weight against others, 1024 being everybody's
+    --cpuset-cpus | LIST | CPUs to use, as 0-3,8
+    --cpuset-mems | LIST | memory nodes to use
+    --pids-limit | N | limit of processes and threads
+    --blkio-weight | N | weight of input and output, 10 to 1000
+""")
 
 OPTIONS = (
-    Option("bind", "--bind -B", LIST, "show a path of the host inside; OPTS: ro, rw", "BIND BINDPATH", metavar="SRC[:DEST[:OPTS]],..."),
+    Option("bind", "--bind -B", LIST, "show a path of the host inside; OPTS: ro, rw, image-src=PATH, id=N", "BIND BINDPATH",
+           metavar="SRC[:DEST[:OPTS]],..."),
+    Option("mount", "--mount", LIST, "the same as comma-separated values: type=bind,src=PATH,dst=PATH[,ro][,image-src=PATH]", "MOUNT",
+           metavar="CSV", state=LATER),
+    Option("data", "--data", LIST, "show a data image, or a data partition of IMAGE by its name", "DATA", metavar="FILE|NAME[:DEST]",
+           state=LATER),
     Option("home", "--home -H", VALUE, "home directory, and where it appears inside", "HOME", metavar="SRC[:DEST]"),
     Option("no_home", "--no-home", FLAG, "leave the home directory outside", "NO_HOME"),
+    Option("no_mount", "--no-mount", LIST, "leave out: proc, sys, dev, devpts, home, tmp, hostfs, cwd, bind-paths or a path", "NO_MOUNT",
+           metavar="NAME,...", state=LATER),
     Option("cwd", "--pwd --cwd", VALUE, "directory inside to start in", "PWD TARGET_PWD CWD TARGET_CWD", metavar="PATH"),
+    Option("workdir", "--workdir -W", VALUE, "where /tmp, /var/tmp, home and scratch directories are, if contained", "WORKDIR",
+           metavar="PATH", state=LATER),
+    Option("scratch", "--scratch -S", LIST, "an empty directory inside, gone at the end", "SCRATCH SCRATCHDIR", metavar="PATH,...",
+           state=LATER),
     Option("cleanenv", "--cleanenv -e", FLAG, "leave the host's environment outside", "CLEANENV"),
     Option("env", "--env", LIST, "set variables inside", metavar="NAME=VALUE,..."),
-    Option("contain", "--contain -c", FLAG, "own /tmp, /var/tmp, home and a minimal /dev", "CONTAIN"),
-    Option("writable_tmpfs", "--writable-tmpfs", FLAG, "make the root writable; what is written is lost at the end", "WRITABLE_TMPFS"),
+    Option("env_file", "--env-file", LIST, "set the variables that this shell script sets", "ENV_FILE", metavar="PATH", state=LATER),
+    Option("no_env", "--no-env", LIST, "leave variables of the host outside", "NOENV", metavar="NAME,...", state=LATER),
     Option("no_eval", "--no-eval", FLAG, "no shell reads arguments and variables (images made by sciexec: always)", "NO_EVAL"),
+    Option("contain", "--contain -c", FLAG, "own /tmp, /var/tmp, home and a minimal /dev", "CONTAIN"),
+    Option("containall", "--containall -C", FLAG, "--contain --cleanenv --pid --ipc", "CONTAINALL", state=LATER),
+    Option("compat", "--compat", FLAG, "as Docker would: --containall --no-init --no-umask --no-eval --writable-tmpfs", "COMPAT",
+           state=LATER),
+    Option("writable", "--writable -w", FLAG, "write into the image, an unpacked directory or one with an overlay inside", "WRITABLE",
+           state=LATER),
+    Option("writable_tmpfs", "--writable-tmpfs", FLAG, "make the root writable; what is written is lost at the end", "WRITABLE_TMPFS"),
+    Option("tmpfs_size", "--tmpfs-size", VALUE, "limit of what --writable-tmpfs takes [half of the memory]", "TMPFS_SIZE", metavar="BYTES",
+           state=LATER),
+    Option("overlay", "--overlay -o", LIST, "a directory, ext3 image, SquashFS or SIF over the image", "OVERLAY OVERLAYIMAGE",
+           metavar="PATH[:ro],...", state=LATER),
+    Option("fakeroot", "--fakeroot -f", FLAG, "be root inside, with the rights of the caller outside", "FAKEROOT", state=LATER),
+    Option("pid", "--pid -p", FLAG, "own process ids", "PID UNSHARE_PID", state=LATER),
+    Option("no_pid", "--no-pid", FLAG, "the host's process ids, in spite of --containall", "NO_PID", state=LATER),
+    Option("no_init", "--no-init", FLAG, "with --pid: the command itself is process 1", "NOSHIMINIT NO_INIT"),
+    Option("ipc", "--ipc -i", FLAG, "own System V IPC and POSIX message queues", "IPC UNSHARE_IPC", state=LATER),
+    Option("uts", "--uts", FLAG, "own host name", "UTS UNSHARE_UTS", state=LATER),
+    Option("hostname", "--hostname", VALUE, "own host name, this one", "HOSTNAME", metavar="NAME", state=LATER),
+    Option("net", "--net -n", FLAG, "own network: with --network none, the loopback alone", "NET UNSHARE_NET", state=LATER),
+    Option("network", "--network", VALUE, "which: none is the one that needs no privileges", "NETWORK", metavar="NAME", state=LATER),
+    Option("dns", "--dns", VALUE, "name servers for /etc/resolv.conf", "DNS", metavar="ADDRESS,...", state=LATER),
+    Option("app", "--app", VALUE, "the SCIF application to run", "APP APPNAME", metavar="NAME", state=LATER),
+    Option("security", "--security", LIST, "be another user or group inside", "SECURITY", metavar="uid:N|gid:N", state=LATER),
+    Option("add_caps", "--add-caps", VALUE, "keep capabilities; they count inside only", "ADD_CAPS", metavar="CAP_NAME,...|all",
+           state=LATER),
+    Option("drop_caps", "--drop-caps", VALUE, "drop capabilities, with --fakeroot or --add-caps", "DROP_CAPS", metavar="CAP_NAME,...|all",
+           state=LATER),
+    Option("no_umask", "--no-umask", FLAG, "umask 0022 instead of the caller's", "NO_UMASK", state=LATER),
+    Option("fusemount", "--fusemount", LIST, "mount what a FUSE program of the image or the host serves", "FUSESPEC",
+           metavar="container|host[-daemon]:COMMAND PATH", state=LATER),
+    *LIMITS,
+    Option("apply_cgroups", "--apply-cgroups", VALUE, "limits from a TOML file", "APPLY_CGROUPS", metavar="PATH", state=LATER),
+    Option("unsquash", "--unsquash --tmp-sandbox", FLAG, "unpack the image into the cache and run it from there", "UNSQUASH TMP_SANDBOX",
+           state=LATER),
     Option("shell", "--shell -s", VALUE, "the shell to start", "SHELL", metavar="PATH", verbs=("shell",)),
+    Option("pid_file", "--pid-file", VALUE, "write the process id of the instance there", "PID_FILE", metavar="PATH", verbs=STARTS,
+           state=LATER),
     Option("arch", "--arch", VALUE, "architecture to choose where IMAGE is in a registry", "ARCH", metavar="NAME"),
-    Option("no_https", "--no-https", FLAG, "speak http to the registry", "NOHTTPS NO_HTTPS"),
+    Option("no_https", "--no-https --nohttps", FLAG, "speak http to the registry", "NOHTTPS NO_HTTPS"),
     Option("disable_cache", "--disable-cache", FLAG, "keep nothing of what a registry sends", "DISABLE_CACHE"),
     Option("authfile", "--authfile", VALUE, "credentials for the registry, as docker's config.json", "AUTH_FILE", metavar="PATH"),
     Option("debug", "--debug -d", FLAG, "say every step, and where an error was raised", "DEBUG", verbs=GLOBAL),
     Option("quiet", "--quiet -q", FLAG, "say errors only", "QUIET", verbs=GLOBAL),
     Option("quiet", "--silent", FLAG, "the same", "SILENT", verbs=GLOBAL),
-    Option("quiet", "-s", FLAG, "the same", verbs=("global", "run", "exec")),
+    Option("quiet", "-s", FLAG, "the same", verbs=("global", "run", "exec", "test")),
     Option("verbose", "--verbose -v", FLAG, "say more", "VERBOSE", verbs=GLOBAL),
     Option("nocolor", "--nocolor", FLAG, "no colours (a run has none)", "NOCOLOR", verbs=GLOBAL),
     *_others(ALWAYS, FLAG, """
         --userns -u | USERNS UNSHARE_USERNS
-        --no-init | NOSHIMINIT
-        --no-pid | NO_PID
         --no-nv | NO_NV NV_OFF
         --no-rocm | NO_ROCM ROCM_OFF
         --no-privs | NO_PRIVS
+        --underlay | UNDERLAY
+        --no-tmp-sandbox | NO_TMP_SANDBOX
+        --no-oci | NO_OCI
+        --no-setgroups | NO_SETGROUPS
+        --ignore-subuid
+        --ignore-fakeroot-command
+        --ignore-userns
+        --sif-fuse | SIF_FUSE
+    """),
+    *_others(ALWAYS, VALUE, """
+        --runscript-timeout | RUNSCRIPT_TIMEOUT
     """),
     *_others(LATER, FLAG, """
-        --containall -C | CONTAINALL
         --nv | NV
         --nvccli | NVCCLI
         --rocm | ROCM
         --compat32 | COMPAT32
         --intel-hpu | INTEL_HPU
-        --compat | COMPAT
-        --fakeroot -f | FAKEROOT
-        --writable -w | WRITABLE
-        --pid -p | PID UNSHARE_PID
-        --ipc -i | IPC UNSHARE_IPC
-        --uts | UTS UNSHARE_UTS
-        --net -n | NET UNSHARE_NET
-        --no-umask | NO_UMASK
-        --no-mark
         --sharens | SHARENS
-        --unsquash | UNSQUASH
-        --underlay | UNDERLAY
-        --tmp-sandbox | TMP_SANDBOX
-        --no-tmp-sandbox | NO_TMP_SANDBOX
-        --keep-privs | KEEP_PRIVS
-        --allow-setuid | ALLOW_SETUID
-        --boot | BOOT
         --docker-login | DOCKER_LOGIN
-        --passphrase
-        --oom-kill-disable | OOM_KILL_DISABLE
-        --oci | OCI
-        --no-oci | NO_OCI
-        --no-compat | NO_COMPAT
-        --keep-layers | KEEP_LAYERS
-        --no-setgroups | NO_SETGROUPS
-        --ignore-subuid
-        --ignore-fakeroot-command
-        --ignore-userns
     """),
     *_others(LATER, VALUE, """
-        --mount | MOUNT
-        --env-file | ENV_FILE
-        --no-env | NOENV
-        --no-mount | NO_MOUNT
-        --workdir -W | WORKDIR
-        --scratch -S | SCRATCH SCRATCHDIR
-        --overlay -o | OVERLAY OVERLAYIMAGE
-        --app | APP
-        --hostname | HOSTNAME
-        --network | NETWORK
-        --network-args | NETWORK_ARGS
-        --netns-path | NETNS_PATH
-        --dns | DNS
         --device
         --cdi-dirs
-        --security | SECURITY
-        --add-caps | ADD_CAPS
-        --drop-caps | DROP_CAPS
-        --memory | MEMORY
-        --memory-swap | MEMORY_SWAP
-        --memory-reservation | MEMORY_RESERVATION
-        --cpus | CPUS
-        --cpu-shares | CPU_SHARES
-        --cpuset-cpus | CPUSET_CPUS
-        --cpuset-mems | CPUSET_MEMS
-        --pids-limit | PIDS_LIMIT
-        --blkio-weight | BLKIO_WEIGHT
-        --blkio-weight-device | BLKIO_WEIGHT_DEVICE
-        --apply-cgroups | APPLY_CGROUPS
-        --fusemount | FUSESPEC
-        --pem-path | ENCRYPTION_PEM_PATH
-        --data | DATA
         --platform | PLATFORM
-        --runscript-timeout | RUNSCRIPT_TIMEOUT
         --tmpdir
         --containlibs | CONTAINLIBS
-        --dmtcp-launch | DMTCP_LAUNCH
-        --dmtcp-restart | DMTCP_RESTART
     """),
-    Option("--config", "--config -c", VALUE, verbs=("global",), state=LATER),
+    *_others(NEVER, FLAG, """
+        --keep-privs | KEEP_PRIVS | root's capabilities over the host cannot be kept, as sciexec never has them
+        --allow-setuid | ALLOW_SETUID | setuid programs of an image need a runtime that is setuid itself
+        --boot | BOOT | booting an init system needs root
+        --passphrase | | an encrypted root file system needs the device mapper, which is root's
+        --oom-kill-disable | OOM_KILL_DISABLE | cgroup v2 has no such switch
+        --oci | OCI | sciexec runs SIF files itself, without an OCI runtime
+        --no-compat | NO_COMPAT | it belongs to --oci
+        --keep-layers | KEEP_LAYERS | it belongs to --oci
+    """),
+    *_others(NEVER, VALUE, """
+        --network-args | NETWORK_ARGS | CNI networks are set up by root
+        --netns-path | NETNS_PATH | joining a network namespace of the host needs privileges in it
+        --blkio-weight-device | BLKIO_WEIGHT_DEVICE | cgroup v2 delegates no weights of devices to users
+        --pem-path | ENCRYPTION_PEM_PATH | an encrypted root file system needs the device mapper, which is root's
+        --dmtcp-launch | DMTCP_LAUNCH | checkpoints by DMTCP are not supported
+        --dmtcp-restart | DMTCP_RESTART | checkpoints by DMTCP are not supported
+    """),
+    Option("--config", "--config -c", VALUE, "the configuration file of a setuid installation means nothing here", verbs=("global",),
+           state=NEVER),
 )  # fmt: skip
 
 # As Go's strconv.ParseBool has it, which reads the same flags and variables for the peers.
@@ -195,54 +236,108 @@ class Options:
     """What the user asked for, environment and defaults included.
 
     Arguments:
-        program: the name under which sciexec was called.  verb: run, exec or shell.
+        program: the name under which sciexec was called.  verb: run, exec, shell, test, or one of STARTS.
         image: as given.  argv: everything behind it.
-        binds: (source, destination, read-only), both absolute.  bound: the same as it was written.
+        binds: of --bind and --mount, in that order.  bound: the binds as they were written.
+        data: (file or name, destination or "").
         home: (source, destination) or None for the caller's own.
         cwd: where to start inside, or None for where the caller stands.
-        env: (name, value) in the order given.
-        shell, arch, authfile: their value or None.  All others: whether the flag was given.
+        env: (name, value) in the order given.  env_files: absolute paths.  no_env: names.
+        no_mount: names and absolute paths.  scratch: absolute paths inside.  workdir: absolute or None.
+        overlays: (absolute path, read-only), the lowest first.
+        tmpfs_size: in bytes, 0 for the kernel's default.
+        net: whether the payload gets a network of its own, which is its loopback.
+        uid, gid: who to be inside, None for the caller's own.
+        add_caps, drop_caps: names in lower case without "cap_", or "all".
+        dns: addresses.  fusemounts: as written.  limits: value by slot, as written.
+        name: of the instance that is started.
+        shell, arch, authfile, app, hostname, apply_cgroups, pid_file: their value or None.
+        All others: whether the flag was given, or is part of one that was.
     """
 
     __slots__ = (
-        "arch", "argv", "authfile", "binds", "bound", "cleanenv", "contain", "cwd", "debug", "disable_cache", "env", "home", "image",
-        "no_eval", "no_home", "no_https", "nocolor", "program", "quiet", "shell", "verb", "verbose", "writable_tmpfs",
+        "add_caps", "app", "apply_cgroups", "arch", "argv", "authfile", "binds", "bound", "cleanenv", "compat", "contain", "containall",
+        "cwd", "data", "debug", "disable_cache", "dns", "drop_caps", "env", "env_files", "fakeroot", "fusemounts", "gid", "home",
+        "hostname", "image", "ipc", "limits", "name", "net", "no_env", "no_eval", "no_home", "no_https", "no_init", "no_mount", "no_pid",
+        "no_umask", "nocolor", "overlays", "pid", "pid_file", "program", "quiet", "scratch", "shell", "tmpfs_size", "uid", "unsquash",
+        "uts", "verb", "verbose", "workdir", "writable", "writable_tmpfs",
     )  # fmt: skip
 
     program: str
     verb: str
     image: str
     argv: list[str]
+    name: str
     binds: list[Bind]
     bound: str
+    data: list[tuple[str, str]]
     home: tuple[str, str] | None
+    no_home: bool
+    no_mount: list[str]
     cwd: str | None
+    workdir: str | None
+    scratch: list[str]
+    cleanenv: bool
     env: list[tuple[str, str]]
+    env_files: list[str]
+    no_env: list[str]
+    no_eval: bool
+    contain: bool
+    containall: bool
+    compat: bool
+    writable: bool
+    writable_tmpfs: bool
+    tmpfs_size: int
+    overlays: list[tuple[str, bool]]
+    fakeroot: bool
+    pid: bool
+    no_pid: bool
+    no_init: bool
+    ipc: bool
+    uts: bool
+    hostname: str | None
+    net: bool
+    dns: list[str]
+    app: str | None
+    uid: int | None
+    gid: int | None
+    add_caps: list[str]
+    drop_caps: list[str]
+    no_umask: bool
+    fusemounts: list[str]
+    limits: dict[str, str]
+    apply_cgroups: str | None
+    unsquash: bool
     shell: str | None
+    pid_file: str | None
     arch: str | None
     authfile: str | None
-    cleanenv: bool
-    contain: bool
-    debug: bool
-    disable_cache: bool
-    no_eval: bool
-    no_home: bool
     no_https: bool
-    nocolor: bool
+    disable_cache: bool
+    debug: bool
     quiet: bool
     verbose: bool
-    writable_tmpfs: bool
+    nocolor: bool
 
     def is_remote(self) -> bool:
         """Whether the image is named by a URI (docker://..., oci:...) and has to be fetched; a file of that name comes first."""
         transport, colon, _ = self.image.partition(":")
-        return bool(colon) and transport.replace("-", "").isalpha() and transport.islower() and not os.path.lexists(self.image)
+        if not colon or self.is_instance():
+            return False
+        return transport.replace("-", "").isalpha() and transport.islower() and not os.path.lexists(self.image)
+
+    def is_instance(self) -> bool:
+        """Whether the image is a running instance, instance://NAME."""
+        return self.image.startswith(INSTANCE)
 
     def describe(self) -> str:
         """One line for --debug; values of --env are left out, they may be secrets."""
-        shown = {slot: getattr(self, slot) for slot in self.__slots__ if slot not in ("env", "verb", "image", "argv")}
+        shown = {slot: getattr(self, slot) for slot in self.__slots__ if slot not in ("env", "verb", "image", "argv", "binds")}
         given = [f"{slot}={value!a}" for slot, value in shown.items() if value]
         return " ".join([self.verb, ascii(self.image), *map(ascii, self.argv), *given, *(f"env:{key}" for key, _ in self.env)])
+
+
+INSTANCE = "instance://"
 
 
 # --- the command line -------------------------------------------------------------------------------------------------------
@@ -275,7 +370,7 @@ def read(arguments: Sequence[str]) -> tuple[str, dict[str, Value], str, list[str
         elif word.startswith("-") and word != "-":
             for name, value in flags(word, known):
                 option = known.get(name)
-                if option is None or option.state == LATER:
+                if option is None or option.state in (LATER, NEVER):
                     return None
                 if option.kind == FLAG:
                     if value is not None and value not in BOOLEANS:
@@ -289,7 +384,7 @@ def read(arguments: Sequence[str]) -> tuple[str, dict[str, Value], str, list[str
                 put(values, option, value)
             continue
         elif not verb:
-            if word not in RUNS:
+            if word not in ACTIONS:
                 return None
             verb, known = word, names(word)
             continue
@@ -344,18 +439,49 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
         value = values.get(slot)
         return value if isinstance(value, list) else []
 
+    def words(*given: str | None) -> list[str]:
+        return [word for value in given if value for word in value.split(",") if word]
+
     options = Options()
-    options.program, options.verb, options.image, options.argv = program, verb, image, argv
+    options.program, options.verb, options.image, options.argv, options.name = program, verb, image, argv, ""
     for option in OPTIONS:
-        if option.kind == FLAG and option.state == READY:
+        if option.kind == FLAG and option.slot in Options.__slots__:
             setattr(options, option.slot, values.get(option.slot) is True)
-    options.binds = list(dict.fromkeys(bind for given in texts("bind") for bind in binds(given)))  # said twice is said once
+    if options.compat:
+        options.containall = options.no_init = options.no_umask = options.no_eval = options.writable_tmpfs = True
+    if options.containall:
+        options.contain = options.cleanenv = options.pid = options.ipc = True
+    options.pid = options.pid and not options.no_pid
+    found = [bind for given in texts("bind") for bind in spelling.binds(given)]
+    found += [bind for given in texts("mount") for bind in spelling.mounts(given)]
+    options.binds = list(dict.fromkeys(found))  # said twice is said once
     options.bound = ",".join(texts("bind"))
+    options.data = [spelling.data(word) for word in words(*texts("data"))]
     home = text("home")
-    options.home = home_pair(home) if home else None
+    options.home = spelling.home_pair(home) if home else None
     options.cwd = text("cwd")
-    options.env = [pair for given in texts("env") for pair in assignments(given)]
+    options.no_mount = [spelling.no_mount(word) for word in words(*texts("no_mount"))]
+    workdir = text("workdir")
+    options.workdir = spelling.absolute(workdir) if workdir else None
+    options.scratch = [spelling.inside("--scratch", word) for word in words(*texts("scratch"))]
+    options.env = [pair for given in texts("env") for pair in spelling.assignments(given)]
+    options.env_files = [spelling.absolute(path) for path in texts("env_file") if path]
+    options.no_env = words(*texts("no_env"))
+    options.overlays = [spelling.overlay(word) for word in words(*texts("overlay"))]
+    size = text("tmpfs_size")
+    options.tmpfs_size = spelling.size("--tmpfs-size", size) if size else 0
+    options.hostname = text("hostname")
+    options.uts = options.uts or bool(options.hostname)
+    options.net = spelling.is_net(options.net, text("network"))
+    options.dns = words(text("dns"))
+    options.uid, options.gid = spelling.security(texts("security"))
+    options.add_caps = [spelling.capability(word) for word in words(text("add_caps"))]
+    options.drop_caps = [spelling.capability(word) for word in words(text("drop_caps"))]
+    options.fusemounts = texts("fusemount")
+    options.limits = {option.slot: value for option in LIMITS if (value := text(option.slot))}
+    options.apply_cgroups = text("apply_cgroups")
     options.shell, options.arch, options.authfile = text("shell"), text("arch"), text("authfile")
+    options.app, options.pid_file = text("app"), text("pid_file")
     return options
 
 
@@ -375,8 +501,10 @@ def with_variables(values: dict[str, Value], verb: str, environ: Mapping[str, st
                 continue
             if option.kind == FLAG and ours[name] not in BOOLEANS:
                 raise UsageError(f"{name}={escaped(ours[name])}: neither true nor false", f"unset {name}, or make it 1 or 0")
-            if option.state == LATER and BOOLEANS.get(ours[name], True):
-                raise later(option, name)
+            if option.state in (LATER, NEVER):
+                if BOOLEANS.get(ours[name], True):
+                    raise refused(option, name)
+                continue
             if option.kind == FLAG:
                 settled[option.slot] = BOOLEANS[ours[name]]
             else:
@@ -384,122 +512,9 @@ def with_variables(values: dict[str, Value], verb: str, environ: Mapping[str, st
     return settled
 
 
-def later(option: Option, given: str) -> UsageError:
-    """The refusal of an option that the peers have and this release has not; `given` is how the user wrote it."""
+def refused(option: Option, given: str) -> UsageError:
+    """The refusal of an option that the peers have; `given` is how the user wrote it."""
     what = given if given in option.names else f"{given} (which means {option.names[0]})"
+    if option.state == NEVER:
+        return UsageError(f"{what} cannot be had without privileges: {option.help}")
     return UsageError(f"{what} is an option of Apptainer that this release of sciexec lacks", "`sciexec run --help` lists what it has")
-
-
-WRITTEN = "a colon or comma in a path is written \\: or \\,"
-
-
-def binds(text: str) -> list[Bind]:
-    """(source, destination, read-only) of SRC[:DEST[:OPTS]],...
-
-    An item may be empty.  A backslash takes the meaning from a comma or colon behind it.  A source is made absolute but not
-    normalised: its .. may go through a symbolic link, which is the kernel's to follow.
-    """
-    found: list[Bind] = []
-    items = fields(text, ",")
-    for number, item in enumerate(items):
-        parts = fields(item, ":")
-        if not item or (number and item in ("ro", "rw") and len(fields(items[number - 1], ":")) == 3):
-            continue  # the second: SRC:DEST:ro,rw, seen together with its item
-        following = items[number + 1 : number + 2] if len(parts) == 3 else []
-        modes = [*parts[2:], *(mode for mode in following if mode in ("ro", "rw"))]
-        if not parts[0] or len(parts) > 3:
-            raise UsageError(f"--bind {escaped(item)}: not SRC[:DEST[:OPTS]]", WRITTEN)
-        for mode in modes:
-            if mode not in ("ro", "rw", ""):
-                raise UsageError(f"--bind {escaped(item)}: {escaped(mode)} is neither ro nor rw", WRITTEN)
-        source, *rest = map(plain, parts[:2])
-        source = absolute(source)
-        destination = rest[0] if rest and rest[0] else source
-        if not destination.startswith("/"):
-            raise UsageError(f"--bind {escaped(item)}: the path inside must begin with a slash")
-        found.append((source, normal(destination), "ro" in modes))
-    return found
-
-
-def fields(text: str, separator: str) -> list[str]:
-    """`text` split at every separator that has no backslash in front; the backslashes stay."""
-    found: list[str] = []
-    for piece in text.split(separator):
-        if found and found[-1].endswith("\\"):
-            found[-1] += separator + piece
-        else:
-            found.append(piece)
-    return found
-
-
-def plain(text: str) -> str:
-    return text.replace("\\,", ",").replace("\\:", ":")
-
-
-def absolute(path: str) -> str:
-    """`path` seen from where the caller stands.  Raises HostError where that directory is gone."""
-    if path.startswith("/"):
-        return path
-    try:
-        return os.path.join(os.getcwd(), path)
-    except OSError as error:
-        raise HostError(f"finding {escaped(path)}: the current directory is gone ({error.strerror})", "give the whole path") from error
-
-
-def normal(path: str) -> str:
-    """A path inside, without //, /./ and /../ (links in it are resolved when it is mounted upon)."""
-    return "/" + os.path.normpath(path).lstrip("/")
-
-
-def home_pair(text: str) -> tuple[str, str]:
-    """(source, destination) of SRC[:DEST]."""
-    parts = text.split(":")
-    source = absolute(parts[0])
-    destination = normal(parts[1]) if parts[1:] and parts[1].startswith("/") else normal(source)
-    if not parts[0] or len(parts) > 2 or (len(parts) == 2 and not parts[1].startswith("/")):
-        raise UsageError(f"--home {escaped(text)}: not SRC or SRC:DEST", "DEST is a path inside and begins with a slash")
-    return source, destination
-
-
-def assignments(text: str) -> list[tuple[str, str]]:
-    """(name, value) of NAME=VALUE[,NAME=VALUE...].
-
-    Commas separate only where there is a second "=", and quotes around an item keep its commas: so one assignment needs no
-    quoting (X=a,b) and several are a line of CSV ("X=a,b",Y=c).  Source: pflag, StringToString.
-    """
-    if text.count("=") == 1:
-        items = [text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text]
-    else:
-        items = csv(text)
-    pairs = []
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not name or not equals or "\0" in item:
-            raise UsageError(f"--env {escaped(item)}: not NAME=VALUE", "commas separate; write --env '\"A=1,2\",B=3' to keep one")
-        pairs.append((name, value))
-    return pairs
-
-
-def csv(text: str) -> list[str]:
-    """The items of one line of comma-separated values (RFC 4180: an item in quotes may hold commas, and quotes twice)."""
-    items = []
-    rest: str | None = text
-    while rest is not None:
-        if rest.startswith('"'):
-            item, end = "", 1
-            while (close := rest.find('"', end)) >= 0:
-                item += rest[end:close]
-                end = close + 1
-                if not rest.startswith('"', end):
-                    break
-                item, end = item + '"', end + 1
-            if close < 0 or rest[end : end + 1] not in ("", ","):
-                raise UsageError(f"--env {escaped(text)}: a quote is not closed, or closed too early")
-            rest = rest[end + 1 :] if end < len(rest) else None
-        else:
-            item, comma, behind = rest.partition(",")
-            if '"' in item:
-                raise UsageError(f"--env {escaped(text)}: a quote inside an item", """put it around the whole item: --env '"A=1,2",B=3'""")
-            rest = behind if comma else None
-        items.append(item)
-    return items

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import pytest
 
-from sciexec import kernel, run
+from sciexec import isolation, kernel
 
 ENOSYS = 38
 
@@ -46,7 +46,7 @@ def inside(act: Callable[[], None], *, missing: tuple[int, ...] = ()) -> None:
             os.close(reading)
             uid, gid = os.getuid(), os.getgid()
             proc = os.open("/proc/self", os.O_PATH)
-            run.user_namespace(proc, f"0 {uid} 1", f"0 {gid} 1")
+            isolation.user_namespace(proc, f"0 {uid} 1", f"0 {gid} 1")
             kernel.unshare(kernel.CLONE_NEWNS)
             kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
             kernel.mount("tmpfs", "/", "tmpfs", 0)

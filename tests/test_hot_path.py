@@ -13,8 +13,9 @@ import sciexec
 
 # Ours, and what they bring with them beyond a bare `python3 -IS`.
 OURS = {
-    "sciexec", "sciexec.__main__", "sciexec.environment", "sciexec.errors", "sciexec.host", "sciexec.image", "sciexec.kernel",
-    "sciexec.mounts", "sciexec.options", "sciexec.run", "sciexec.sif", "sciexec.squashfs",
+    "sciexec", "sciexec.__main__", "sciexec.enter", "sciexec.environment", "sciexec.errors", "sciexec.host", "sciexec.image",
+    "sciexec.isolation", "sciexec.kernel", "sciexec.mounts", "sciexec.options", "sciexec.overlay", "sciexec.run", "sciexec.sif",
+    "sciexec.sources", "sciexec.spelling", "sciexec.squashfs",
 }  # fmt: skip
 LIBRARY = {"__future__", "_ctypes", "_struct", "errno", "struct"}
 BARE = {

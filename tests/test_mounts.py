@@ -12,8 +12,8 @@ from namespace_fixtures import inside
 
 from sciexec import kernel
 from sciexec.errors import HostError
-from sciexec.image import Directory, Squash
 from sciexec.mounts import FEW, Bind, Dev, Edit, Operation, Root, Tmpfs, order, outermost
+from sciexec.sources import Directory, Squash
 
 OLD = (kernel.OPENAT2, kernel.MOUNT_SETATTR)
 EVERY_KERNEL = pytest.mark.parametrize("missing", [(), OLD], ids=["this kernel", "without openat2"])

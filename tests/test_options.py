@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sciexec import cli, options
+from sciexec import cli, options, spelling
 from sciexec.errors import HostError, SciexecError, UsageError
-from sciexec.options import ALWAYS, FLAG, LATER, LIST, OPTIONS, READY, RUNS, Option, Options
+from sciexec.options import ACTIONS, ALWAYS, FLAG, LATER, LIST, NEVER, OPTIONS, READY, RUNS, Option, Options
+from sciexec.spelling import Bind
 
 
 def parsed(line: str | list[str], environ: Mapping[str, str] | None = None) -> Options:
@@ -43,15 +44,15 @@ def clicked(words: list[str]) -> Options:
         ("shell i", {"verb": "shell"}),
         ("exec -e -c i c", {"cleanenv": True, "contain": True}),
         ("exec -ec i c", {"cleanenv": True, "contain": True}),
-        ("exec -ecB/a i c", {"cleanenv": True, "contain": True, "binds": [("/a", "/a", False)]}),
+        ("exec -ecB/a i c", {"cleanenv": True, "contain": True, "binds": [Bind("/a", "/a", False)]}),
         ("exec --cleanenv=true --contain=0 i c", {"cleanenv": True, "contain": False}),
         ("exec --contain --contain=false i c", {"contain": False}),
         ("exec -e=f i c", {"cleanenv": False}),
-        ("exec -B/a:/b i c", {"binds": [("/a", "/b", False)]}),
-        ("exec -B /a:/b i c", {"binds": [("/a", "/b", False)]}),
-        ("exec -B=/a:/b i c", {"binds": [("/a", "/b", False)]}),
-        ("exec --bind=/a:/b i c", {"binds": [("/a", "/b", False)]}),
-        ("exec --bind /a:/b:ro --bind /c i c", {"binds": [("/a", "/b", True), ("/c", "/c", False)], "bound": "/a:/b:ro,/c"}),
+        ("exec -B/a:/b i c", {"binds": [Bind("/a", "/b", False)]}),
+        ("exec -B /a:/b i c", {"binds": [Bind("/a", "/b", False)]}),
+        ("exec -B=/a:/b i c", {"binds": [Bind("/a", "/b", False)]}),
+        ("exec --bind=/a:/b i c", {"binds": [Bind("/a", "/b", False)]}),
+        ("exec --bind /a:/b:ro --bind /c i c", {"binds": [Bind("/a", "/b", True), Bind("/c", "/c", False)], "bound": "/a:/b:ro,/c"}),
         ("exec --pwd /a i c", {"cwd": "/a"}),
         ("exec --cwd=/a --pwd=/b i c", {"cwd": "/b"}),
         ("exec -H /a i c", {"home": ("/a", "/a")}),
@@ -90,15 +91,16 @@ def test_whatever_is_not_plain_is_left_to_click(line: str) -> None:
     assert options.parse("sciexec", line.split(), {}) is None
 
 
-@pytest.mark.parametrize("verb", RUNS)
+@pytest.mark.parametrize("verb", ACTIONS)
 def test_every_option_is_known_or_refused_by_its_name(verb: str) -> None:
     for row in options.rows(verb):
         for name in row.names:
             words = [verb, name, *([] if row.kind == FLAG else ["/x=y"]), "i", "c"]
             found = options.parse("sciexec", words, {})
-            assert (found is None) == (row.state == LATER), words
-            if row.state == LATER:
-                with pytest.raises(UsageError, match=f"^{row.names[0]} is an option of Apptainer that this release"):
+            assert (found is None) == (row.state in (LATER, NEVER)), words
+            if found is None and verb in cli.commands.commands:
+                why = "cannot be had without privileges: ." if row.state == NEVER else "is an option of Apptainer that this release"
+                with pytest.raises(UsageError, match=f"^{row.names[0]} {why}"):
                     cli.main("sciexec", words)
 
 
@@ -112,11 +114,15 @@ def test_no_two_options_of_a_verb_share_a_name_or_a_variable() -> None:
 
 def test_every_ready_option_has_a_place_and_a_line_of_help() -> None:
     for row in OPTIONS:
-        assert row.state in (READY, ALWAYS, LATER)
+        assert row.state in (READY, ALWAYS, LATER, NEVER)
         if row.state == READY:
             assert row.help
-            assert row.slot in Options.__slots__ or row.slot == "bind"
+            assert row.slot in Options.__slots__ or row.slot in GATHERED
             assert (row.kind == FLAG) == (row.metavar == "")
+
+
+# into other slots
+GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fusemount", *(row.slot for row in options.LIMITS))
 
 
 # --- two readers, one meaning -----------------------------------------------------------------------------------------------
@@ -140,10 +146,10 @@ def spellings(row: Option) -> st.SearchStrategy[list[str]]:
 
 @st.composite
 def lines(draw: st.DrawFn) -> list[str]:
-    verb = draw(st.sampled_from(RUNS))
+    verb = draw(st.sampled_from(ACTIONS))
 
     def some(where: str) -> list[str]:
-        rows = [row for row in options.rows(where) if row.state != LATER]
+        rows = [row for row in options.rows(where) if row.state not in (LATER, NEVER)]
         return [word for row in draw(st.lists(st.sampled_from(rows), max_size=4)) for word in draw(spellings(row))]
 
     behind = draw(st.lists(st.sampled_from(["c", "-e", "--nv", "--", "", "--help", "-B"]), min_size=1, max_size=4))
@@ -175,59 +181,59 @@ def test_what_the_fast_reader_takes_click_takes_too(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/a", [("/a", "/a", False)]),
-        ("/a:/b", [("/a", "/b", False)]),
-        ("/a:/b:ro", [("/a", "/b", True)]),
-        ("/a:/b:rw", [("/a", "/b", False)]),
-        ("/a:/b:", [("/a", "/b", False)]),
-        ("/a:", [("/a", "/a", False)]),
-        ("/a::ro", [("/a", "/a", True)]),
-        ("/a,/b:/c", [("/a", "/a", False), ("/b", "/c", False)]),
-        ("/a,,/b,", [("/a", "/a", False), ("/b", "/b", False)]),
-        ("/a:/b:ro,rw", [("/a", "/b", True)]),
-        ("/a:/b:rw,ro,/c", [("/a", "/b", True), ("/c", "/c", False)]),
+        ("/a", [Bind("/a", "/a", False)]),
+        ("/a:/b", [Bind("/a", "/b", False)]),
+        ("/a:/b:ro", [Bind("/a", "/b", True)]),
+        ("/a:/b:rw", [Bind("/a", "/b", False)]),
+        ("/a:/b:", [Bind("/a", "/b", False)]),
+        ("/a:", [Bind("/a", "/a", False)]),
+        ("/a::ro", [Bind("/a", "/a", True)]),
+        ("/a,/b:/c", [Bind("/a", "/a", False), Bind("/b", "/c", False)]),
+        ("/a,,/b,", [Bind("/a", "/a", False), Bind("/b", "/b", False)]),
+        ("/a:/b:ro,rw", [Bind("/a", "/b", False)]),
+        ("/a:/b:rw,ro,/c", [Bind("/a", "/b", True), Bind("/c", "/c", False)]),
         ("", []),
         (",", []),
-        (r"/a\,b:/c\:d", [("/a,b", "/c:d", False)]),
-        (r"/a\:b", [("/a:b", "/a:b", False)]),
-        (r"/a\b", [("/a\\b", "/a\\b", False)]),
-        ("/a//b/../c/:/d//e/../f/.", [("/a//b/../c/", "/d/f", False)]),
-        ("//a", [("//a", "/a", False)]),
-        ("/a b:/c d", [("/a b", "/c d", False)]),
+        (r"/a\,b:/c\:d", [Bind("/a,b", "/c:d", False)]),
+        (r"/a\:b", [Bind("/a:b", "/a:b", False)]),
+        (r"/a\b", [Bind("/a\\b", "/a\\b", False)]),
+        ("/a//b/../c/:/d//e/../f/.", [Bind("/a//b/../c/", "/d/f", False)]),
+        ("//a", [Bind("//a", "/a", False)]),
+        ("/a b:/c d", [Bind("/a b", "/c d", False)]),
     ],
 )
-def test_binds(text: str, expected: list[tuple[str, str, bool]]) -> None:
-    assert options.binds(text) == expected
+def test_binds(text: str, expected: list[Bind]) -> None:
+    assert spelling.binds(text) == expected
 
 
 def test_a_relative_source_is_seen_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert options.binds("a") == [(f"{tmp_path}/a", f"{tmp_path}/a", False)]
+    assert spelling.binds("a") == [Bind(f"{tmp_path}/a", f"{tmp_path}/a", False)]
     # .. is left to the kernel, as it may stand behind a link; what is mounted upon is a plain path
-    assert options.binds("../x") == [(f"{tmp_path}/../x", f"{tmp_path.parent}/x", False)]
-    assert options.binds("ro") == [(f"{tmp_path}/ro", f"{tmp_path}/ro", False)]
+    assert spelling.binds("../x") == [Bind(f"{tmp_path}/../x", f"{tmp_path.parent}/x", False)]
+    assert spelling.binds("ro") == [Bind(f"{tmp_path}/ro", f"{tmp_path}/ro", False)]
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert options.binds("/a") == [("/a", "/a", False)]
+    assert spelling.binds("/a") == [Bind("/a", "/a", False)]
     with pytest.raises(HostError, match="current directory is gone"):
-        options.binds("a")
+        spelling.binds("a")
 
 
-@pytest.mark.parametrize("text", ["/a:b", "/a:/b:ro:rw", "/a:/b:xx", ":/b", "/a:/b:image-src=/x", "/a:/b:id=1", "/a,b:c"])
+@pytest.mark.parametrize("text", ["/a:b", "/a:/b:ro:rw", "/a:/b:xx", ":/b", "/a:/b:id=0", "/a:/b:id=x", "/a,b:c"])
 def test_binds_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError, match="^--bind "):
-        options.binds(text)
+        spelling.binds(text)
 
 
 @given(st.text("ab/:,\\. ro"))
 def test_any_text_is_binds_or_a_usage_error(text: str) -> None:
     try:
-        found = options.binds(text)
+        found = spelling.binds(text)
     except UsageError:
         return
-    assert all(source.startswith("/") and target.startswith("/") and not target.startswith("//") for source, target, _ in found)
+    assert all(bind.source.startswith("/") and bind.target.startswith("/") and not bind.target.startswith("//") for bind in found)
 
 
 # --- home, env --------------------------------------------------------------------------------------------------------------
@@ -288,8 +294,8 @@ def test_env_keeps_its_order() -> None:
         ({"APPTAINER_CONTAIN": "", "SINGULARITY_CONTAIN": "1"}, {"contain": True}),
         ({"SINGULARITY_HOME": "/a:/b"}, {"home": ("/a", "/b")}),
         ({"APPTAINER_TARGET_PWD": "/p"}, {"cwd": "/p"}),
-        ({"SINGULARITY_BINDPATH": "/etc,/media"}, {"binds": [("/etc", "/etc", False), ("/media", "/media", False)]}),
-        ({"SINGULARITY_BIND": "/a", "APPTAINER_BINDPATH": "/b"}, {"binds": [("/a", "/a", False), ("/b", "/b", False)]}),
+        ({"SINGULARITY_BINDPATH": "/etc,/media"}, {"binds": [Bind("/etc", "/etc", False), Bind("/media", "/media", False)]}),
+        ({"SINGULARITY_BIND": "/a", "APPTAINER_BINDPATH": "/b"}, {"binds": [Bind("/a", "/a", False), Bind("/b", "/b", False)]}),
         ({"SINGULARITY_SHELL": "/bin/zsh"}, {"shell": None}),  # of `shell` only
         ({"SINGULARITY_NV": "0", "SINGULARITY_OPTS": "x", "SINGULARITY_CACHEDIR": "/c", "APPTAINER_TEMPDIR": "/t"}, {}),
         ({"SINGULARITYENV_CONTAIN": "1", "CONTAIN": "1"}, {"contain": False}),
@@ -304,7 +310,7 @@ def test_the_command_line_beats_a_variable_and_binds_are_put_together() -> None:
     environ = {"SINGULARITY_CONTAIN": "1", "SINGULARITY_HOME": "/a", "SINGULARITY_BIND": "/b"}
     found = parsed("exec --contain=false --home /h -B /c i c", environ)
     assert (found.contain, found.home) == (False, ("/h", "/h"))
-    assert found.binds == [("/c", "/c", False), ("/b", "/b", False)]
+    assert found.binds == [Bind("/c", "/c", False), Bind("/b", "/b", False)]
     assert parsed("shell i", {"SINGULARITY_SHELL": "/bin/zsh"}).shell == "/bin/zsh"
 
 
@@ -335,8 +341,11 @@ def test_a_variable_that_is_neither_true_nor_false() -> None:
             ["-s", "exec", "--contain", "--pwd", "/d", "--cleanenv", "-B", "/a:/b:ro", "--home", "/h:/h", "i", "c"],
             {"quiet": True, "contain": True},
         ),
-        (["exec", "--cleanenv", "--home=/d", "--bind=/a,/b,", "i", "sh", "s"], {"binds": [("/a", "/a", False), ("/b", "/b", False)]}),
-        (["exec", "--cleanenv", "-B", "/a:/a", "-B", "/a:/a", "i", "/s.sh"], {"binds": [("/a", "/a", False)]}),
+        (
+            ["exec", "--cleanenv", "--home=/d", "--bind=/a,/b,", "i", "sh", "s"],
+            {"binds": [Bind("/a", "/a", False), Bind("/b", "/b", False)]},
+        ),
+        (["exec", "--cleanenv", "-B", "/a:/a", "-B", "/a:/a", "i", "/s.sh"], {"binds": [Bind("/a", "/a", False)]}),
         (["exec", "--userns", "hello.simg", "true"], {"argv": ["true"]}),
         (["exec", "-B", "/c:/mnt/pydra/c:rw", "--pwd", "/mnt/pydra", "name:tag", "c"], {"image": "name:tag"}),
         (["exec", "-e", "--bind", "/h:/c", "i", "sh", "-c", "c"], {"cleanenv": True}),
@@ -353,8 +362,9 @@ def test_a_file_comes_before_a_uri_of_its_name(tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).touch()
     for image, remote in (("docker:x", False), ("plain", False), ("gone", False), ("/a:b", False), ("C:x", False)):
         assert parsed(["exec", image, "c"]).is_remote() is remote
-    for image in ("docker://x", "oci:/d:tag", "docker-archive:/f", "instance://n"):
+    for image in ("docker://x", "oci:/d:tag", "docker-archive:/f"):
         assert parsed(["exec", image, "c"]).is_remote()
+    assert parsed("exec instance://n c").is_instance()
 
 
 def test_describe_keeps_the_secrets() -> None:
@@ -362,5 +372,6 @@ def test_describe_keeps_the_secrets() -> None:
     assert "TOKEN" in line and "/a" in line and "secret" not in line
 
 
-def test_lists_are_the_binds_and_env_only() -> None:
-    assert {row.slot for row in OPTIONS if row.kind == LIST} == {"bind", "env"}
+def test_what_may_be_given_several_times() -> None:
+    several = "bind mount data no_mount scratch env env_file no_env overlay security fusemount"
+    assert {row.slot for row in OPTIONS if row.kind == LIST} == set(several.split())

@@ -1,0 +1,199 @@
+"""From an image to a mounted file system: what has to be done outside, in the user namespace, and in the mount namespace.
+
+A SquashFS is mounted through FUSE, or unpacked once where the host has none; a directory is bound.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from sciexec import host as hosts
+from sciexec import kernel
+from sciexec.errors import escaped
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sciexec.host import Host
+    from sciexec.image import Image
+
+# Where distributions, sites and Apptainer's own packages put it; the caller's PATH may lead anywhere.
+SERVER = "squashfuse_ll"
+SERVERS = tuple(
+    f"{directory}/{SERVER}"
+    for directory in (
+        os.path.dirname(sys.executable), "/usr/bin", "/usr/local/bin", "/usr/libexec/apptainer/bin", "/usr/local/libexec/apptainer/bin"
+    )
+)  # fmt: skip
+
+
+class Source:
+    """What the root of a container is mounted from, in the order of its calls."""
+
+    __slots__ = ()
+
+    def describe(self) -> str:
+        """One line."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """What has to be done as the caller, before anything else."""
+
+    def start(self) -> None:
+        """What has to be done inside the user namespace that will mount, and in front of its mount namespace."""
+
+    def mount(self, target: str) -> None:
+        """Mount it, read-only.  Raises OSError."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """What is left to do when everything is mounted."""
+
+
+class Squash(Source):
+    """A SquashFS, mounted through FUSE and served by squashfuse_ll, a process that nobody waits for.
+
+    The server belongs to our first user namespace, so that the payload, which lives in one below, cannot trace it, but to the
+    host's mount namespace, so that it does not keep ours alive: when the payload's last process ends, the kernel drops the
+    mount and the server reads ENODEV and ends.  It starts with no descriptor, no variable and no capability of ours, and
+    cannot write to any file system where the kernel has Landlock.
+
+    Arguments:
+        fd, offset: the SquashFS.  name: what to call it.  program: absolute path of squashfuse_ll.
+    """
+
+    __slots__ = ("_device", "_go", "_parent", "fd", "name", "offset", "program")
+
+    def __init__(self, fd: int, offset: int, name: str, program: str) -> None:
+        self.fd, self.offset, self.name, self.program = fd, offset, name, program
+        self._device = self._go = self._parent = -1
+
+    def describe(self) -> str:
+        return f"squashfs {escaped(self.name)} offset={self.offset} served by {self.program}"
+
+    def start(self) -> None:
+        # the kernel wants the device opened in the user namespace that mounts it
+        self._device = os.open("/dev/fuse", os.O_RDWR)
+        ready, self._go = os.pipe()
+        self._parent = os.fork()
+        if self._parent == 0:
+            try:
+                os.setsid()
+                if os.fork() == 0:  # its parent ends, so it is init's child, not the payload's
+                    self._serve(ready)
+            finally:
+                os._exit(127)
+        os.close(ready)
+
+    def _serve(self, ready: int) -> None:
+        os.chdir("/")
+        image, device, ready = (above_standard(fd) for fd in (self.fd, self._device, ready))
+        null = os.open("/dev/null", os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2 and number not in (image, device, ready):
+                try:
+                    os.close(number)
+                except OSError:  # the listing's own
+                    pass
+        os.set_inheritable(image, True)
+        os.set_inheritable(device, True)
+        confine()
+        arguments = [SERVER, "-f", "-o", f"ro,offset={self.offset}", kernel.magic(image), f"/dev/fd/{device}"]
+        # read by the server before the mount exists, the device answers EPERM; by now it mostly does exist
+        if os.read(ready, 1):
+            os.execve(self.program, arguments, {})
+
+    def mount(self, target: str) -> None:
+        options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0,allow_other"
+        kernel.mount("squashfuse", target, "fuse", kernel.PRIVATE | kernel.MS_RDONLY, options)
+        os.write(self._go, b".")
+        os.close(self._go)
+        # the server's must be the last: then its death is an error here and not a wait without end
+        os.close(self._device)
+
+    def finish(self) -> None:
+        try:
+            os.waitpid(self._parent, 0)
+        except ChildProcessError:  # our caller ignores SIGCHLD, and so do we
+            pass
+
+
+class Directory(Source):
+    """An unpacked image.  Arguments: path: absolute, on the host."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def describe(self) -> str:
+        return f"directory {escaped(self.path)}"
+
+    def mount(self, target: str) -> None:
+        kernel.mount(self.path, target, "", kernel.MS_BIND | kernel.MS_REC)
+        fd = os.open(target, os.O_PATH)
+        kernel.make_read_only(fd, below=True)
+        os.close(fd)
+
+
+class Unpacked(Directory):
+    """A SquashFS on a host without FUSE: unpacked once into the cache, from where it is then mounted like any directory.
+
+    Arguments:
+        reason: why it is not mounted, for the message that says so.
+    """
+
+    __slots__ = ("_image", "_quiet", "_reason")
+
+    def __init__(self, image: Image, directory: str, reason: str, *, quiet: bool) -> None:
+        super().__init__(directory)
+        self._image = image
+        self._reason = reason
+        self._quiet = quiet
+
+    def describe(self) -> str:
+        return f"unpack {self._image.describe()} into {escaped(self.path)} ({self._reason})"
+
+    def prepare(self) -> None:
+        if not os.path.isdir(self.path):
+            if not self._quiet:
+                tell(f"INFO: {self._reason}: unpacking {escaped(self._image.path)}, once, into {escaped(self.path)}")
+            self._image.unpack(self.path)
+
+
+def above_standard(fd: int) -> int:
+    """The same file on a descriptor above 2: who is started with a standard stream closed gets its number for the next file."""
+    while fd <= 2:
+        fd = os.dup(fd)
+    return fd
+
+
+def tell(text: str) -> None:
+    """A line for the user; where standard error is closed, nobody wants to know."""
+    try:
+        os.write(2, f"{text}\n".encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass
+
+
+def confine() -> None:
+    """Give up what a process that reads hostile images should not have; the kernel's age decides how much that is."""
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)  # also keeps execve from giving capabilities back to our namespace's root
+    try:
+        kernel.landlock_restrict_writes()
+    except OSError:  # before Linux 5.13, or turned off
+        pass
+    kernel.capset_none()
+
+
+def source(image: Image, host: Host, *, quiet: bool) -> Source:
+    """How an image is mounted on this host."""
+    if image.kind == "directory":
+        return Directory(image.path)
+    program = next((program for program in SERVERS if os.access(program, os.X_OK)), None)
+    if program and os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return Squash(image.fd, image.offset, image.path, program)
+    reason = "/dev/fuse is missing or closed to users" if program else f"{SERVER} is not installed"
+    return Unpacked(image, f"{hosts.cache(host)}/unpacked/{image.key()}", reason, quiet=quiet)
