@@ -5,7 +5,7 @@ In the second, last, the caller is themselves again and owns no capability over 
 
     host ---unshare---> caller = 0 ---unshare---> mounts, pivot_root ---unshare---> caller = caller, no_new_privs, no capabilities
               |
-              +--- squashfuse_ll: host's mount namespace, first user namespace
+              +--- sciexec-fuse: host's mount namespace, first user namespace
 
 The process stands in a tmpfs of ours meanwhile.  It lies over "/": no directory of the host is hidden by it, because a path is
 looked up from this process's root, which is what lies below, and only ".." of the root leads up to it.

@@ -258,7 +258,7 @@ def why(error: OSError, call: str) -> tuple[str, str]:
     if number == errno.ENOSPC:  # mount(2) means the namespace
         return "too many mounts", f"fs.mount-max is {_sysctl('fs/mount-max')}"
     if number in (errno.ENOTCONN, errno.ECONNABORTED):
-        return "the server of the image has ended", "the image is damaged, or squashfuse_ll lacks its compression"
+        return "the server of the image has ended", "the image is damaged, or the host lacks the library of its compression"
     return error.strerror or str(error), ""
 
 
