@@ -84,16 +84,15 @@ def enter(plan: Plan) -> None:
     Raises HostError or ImageError; the process is of no use then but to say so.
     """
     plan.layers.prepare()
-    proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
     try:
         act = "making a user namespace"
-        plan.isolation.enter_outer(proc)
+        plan.isolation.enter_outer()
         act = "starting the server of the image"
         plan.layers.start()
         for operation in plan.mounts:
             operation.start()
         act = "making a mount namespace"
-        kernel.unshare(kernel.CLONE_NEWNS)
+        plan.isolation.separate()
         # slave: what the host's automounter mounts later appears inside as well, and nothing ever goes the other way
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         act = "mounting the image"
@@ -115,13 +114,14 @@ def enter(plan: Plan) -> None:
         kernel.umount2(".", kernel.MNT_DETACH)
         kernel.umount2(".", kernel.MNT_DETACH)
         os.chdir("/")
-        plan.isolation.enter_inner(proc)
+        plan.isolation.enter_inner()
     except OSError as error:
         raise failed("entering the container", error, "namespace") from error
     change_directory(plan)
     # Python ignores both from its start, and what is ignored stays ignored across execve
     kernel.signal_default(SIGPIPE)
     kernel.signal_default(SIGXFSZ)
+    plan.isolation.finish()
 
 
 def attempt(operation: Operation, step: Callable[[Root], None], root: Root) -> None:

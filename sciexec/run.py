@@ -13,7 +13,7 @@ from sciexec import enter, environment, isolation, mounts, overlay, sif, sources
 from sciexec import host as hosts
 from sciexec.enter import Plan
 from sciexec.errors import HostError, escaped
-from sciexec.mounts import Bind, Dev, Edit, Operation, Tmpfs
+from sciexec.mounts import Bind, Dev, Edit, Operation, Proc, Tmpfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
 
 def defaults(options: Options, host: Host, home: str) -> list[Operation]:
     """What every container has of its host."""
-    listed: list[Operation] = [Bind("/proc", "/proc"), Bind("/sys", "/sys")]
+    listed: list[Operation] = [Proc("/proc") if options.pid else Bind("/proc", "/proc"), Bind("/sys", "/sys")]
     listed.append(Dev(console=console()) if options.contain else Bind("/dev", "/dev"))
     listed += [Bind(path, path, optional=True) for path in ("/etc/hosts", "/etc/localtime", "/etc/resolv.conf")]
     listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home), f"with uid {host.uid}"))
