@@ -13,8 +13,6 @@ from sciexec.errors import HostError, SciexecError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
-
     from sciexec.options import Options
 
 
@@ -42,6 +40,7 @@ def main(program: str, arguments: list[str]) -> int:
             chosen = answer
         debug = chosen.debug
         start(chosen)
+        return 0
     except SciexecError as error:
         show(error.message, error.hint, debug)
         return error.exit_code
@@ -54,11 +53,23 @@ def main(program: str, arguments: list[str]) -> int:
         return 255
 
 
-def start(chosen: Options) -> NoReturn:
-    """Become the container's payload."""
-    from sciexec import host, image, run
+def start(chosen: Options) -> None:
+    """Become the container's payload, or start an instance and return."""
+    from sciexec import host, options
 
-    run.run(chosen, image.open_image(chosen.image), host.Host())
+    if chosen.is_instance() and chosen.verb in options.ACTIONS:
+        from sciexec import join
+
+        join.join(chosen, host.Host())
+    from sciexec import image, run
+
+    opened = image.open_image(chosen.image)
+    if chosen.verb in options.STARTS:
+        from sciexec import launch
+
+        launch.start(chosen, opened, host.Host())
+        return
+    run.run(chosen, opened, host.Host())
 
 
 def command_line(program: str, arguments: list[str]) -> int | Options:

@@ -117,10 +117,8 @@ def enter(plan: Plan) -> None:
         plan.isolation.enter_inner()
     except OSError as error:
         raise failed("entering the container", error, "namespace") from error
-    change_directory(plan)
-    # Python ignores both from its start, and what is ignored stays ignored across execve
-    kernel.signal_default(SIGPIPE)
-    kernel.signal_default(SIGXFSZ)
+    change_directory(plan.cwd, strict=plan.strict, quiet=plan.quiet)
+    reset_signals()
     plan.isolation.finish()
 
 
@@ -140,17 +138,23 @@ def failed(act: str, error: OSError, call: str) -> HostError:
     return HostError(f"{act}: {cause}", hint)
 
 
-def change_directory(plan: Plan) -> None:
-    """Go where the payload starts."""
-    for path in plan.cwd:
+def reset_signals() -> None:
+    """Python ignores both from its start, and what is ignored stays ignored across execve."""
+    kernel.signal_default(SIGPIPE)
+    kernel.signal_default(SIGXFSZ)
+
+
+def change_directory(cwd: list[str], *, strict: bool, quiet: bool) -> None:
+    """Go where the payload starts; the arguments are those of Plan."""
+    for path in cwd:
         try:
             os.chdir(path)
             os.getcwd()  # fails where a link of /proc led out of the root
         except OSError as error:
-            if plan.strict:
+            if strict:
                 raise HostError(f"changing to {escaped(path)} inside the container: {error.strerror}") from error
             continue
-        if path != plan.cwd[0] and not plan.quiet:
-            left = escaped(plan.cwd[0]) or "the current directory"
+        if path != cwd[0] and not quiet:
+            left = escaped(cwd[0]) or "the current directory"
             tell(f"WARNING: {left} is not in the container; starting in {escaped(path)}")
         return

@@ -11,11 +11,18 @@ from sciexec import kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import ModuleType
+    from typing import Protocol
 
     from sciexec.host import Host
     from sciexec.options import Options
     from sciexec.sinit import Link
+
+    class Supervisor(Protocol):
+        """Who stays outside, and how process 1 begins: the room sinit, or whoever starts an instance."""
+
+        def leave(self, *, init: bool) -> Link | None: ...
+
+        def start(self, link: Link | None, *, init: bool) -> None: ...
 
 
 class Isolation:
@@ -29,7 +36,7 @@ class Isolation:
 
     __slots__ = ("_link", "_proc", "gid", "init", "supervisor", "uid")
 
-    def __init__(self, uid: int, gid: int, *, supervisor: ModuleType | None = None, init: bool = True) -> None:
+    def __init__(self, uid: int, gid: int, *, supervisor: Supervisor | None = None, init: bool = True) -> None:
         self.uid, self.gid = uid, gid
         self.supervisor, self.init = supervisor, init
         self._proc = -1  # a descriptor of /proc/self
@@ -62,6 +69,10 @@ class Isolation:
     def enter_inner(self) -> None:
         """Become who the payload is, for good.  Raises OSError."""
         user_namespace(self._proc, f"{self.uid} 0 1", f"{self.gid} 0 1")
+        self.confine()
+
+    def confine(self) -> None:
+        """Give up, in the payload's user namespace, what the payload shall not have.  Raises OSError."""
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         if has_terminal():
             kernel.seccomp(keystroke_filter())
@@ -76,7 +87,7 @@ class Isolation:
 
 def isolation(options: Options, host: Host) -> Isolation:
     """The isolation that these options ask for."""
-    supervisor: ModuleType | None = None
+    supervisor: Supervisor | None = None
     if options.pid:
         from sciexec import sinit
 

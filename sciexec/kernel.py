@@ -52,6 +52,9 @@ AT_RECURSIVE = 0x8000
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_IN_ROOT = 0x10
 
+# linux/nsfs.h
+NS_GET_USERNS = 0xB701
+
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -138,6 +141,11 @@ def unshare(flags: int) -> None:
 
 def setns(fd: int, flags: int) -> None:
     _call("setns", fd, flags)
+
+
+def owner(fd: int) -> int:
+    """A descriptor of the user namespace that owns a namespace; ioctl_nsfs(2)."""
+    return _call("ioctl", fd, NS_GET_USERNS)
 
 
 def mount(source: str, target: str, fstype: str, flags: int, options: str = "") -> None:
