@@ -8,12 +8,11 @@ BASE is a directory of the user's, which the hosts of a cluster may share: $SCIE
 $XDG_STATE_HOME/sciexec/instances, else ~/.local/state/sciexec/instances.
 
 No lock guards a name, as not every shared file system has them.  A name is taken by renaming a directory with the record in
-it over NAME: the kernel replaces an empty directory and refuses any other, so of two who try one succeeds.  PID.START, process
-id and start time of whoever made the record, is in no other record's name: what is out of date can be removed by anybody at
-any time, and never is another's record removed in its place.
+it over NAME: the kernel replaces an empty directory and refuses any other, so of two who try one succeeds.
 
-A record counts as long as its process lives: the starting command's at first, then that of the instance's process 1.  Whoever
-meets one that does not count removes it.
+A record counts as long as the process PID lives that began at START: the starting command at first, then process 1 of the
+instance, for which a second record is added before the first is removed.  Whoever meets a record that does not count removes it;
+as no other can have its name, that never is another one.
 """
 
 from __future__ import annotations
@@ -99,15 +98,14 @@ class Instance:
     def take_name(self, base: str) -> None:
         """Put the record in its place.  Raises HostError where there is a record of that name already."""
         directory = named(base, self.name)
-        mine = f"{self.pid}.{self.started}"
         private(os.path.dirname(directory))
-        new = private(f"{base}/new/{os.uname().nodename}.{mine}")
+        new = private(f"{base}/new/{os.uname().nodename}.{self.pid}.{self.started}")
         try:
-            write(f"{new}/{mine}.json", self.dump())
+            write(f"{new}/{self.file()}", self.dump())
             for _ in range(TRIES):
                 try:
                     os.rename(new, directory)
-                    self.path = f"{directory}/{mine}.json"
+                    self.path = f"{directory}/{self.file()}"
                     return
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -121,13 +119,21 @@ class Instance:
             raise HostError(f"starting instance {self.name}: others take and leave this name all the time")
         finally:
             if not self.path:
-                remove(f"{new}/{mine}.json")
+                remove(f"{new}/{self.file()}")
 
-    def update(self, base: str) -> None:
-        """Write the record again."""
-        new = f"{base}/new/{os.uname().nodename}.{os.path.basename(self.path)}"
+    def hand_over(self, base: str, pid: int) -> None:
+        """Let the record be that of process 1, which is there."""
+        before = self.path
+        self.pid, self.started, self.running = pid, start_time(pid), True
+        new = f"{base}/new/{os.uname().nodename}.{self.file()}"
         write(new, self.dump())
-        os.rename(new, self.path)
+        path = f"{os.path.dirname(before)}/{self.file()}"
+        os.rename(new, path)
+        self.path = path
+        os.unlink(before)
+
+    def file(self) -> str:
+        return f"{self.pid}.{self.started}.json"
 
     def remove(self) -> None:
         remove(self.path)
@@ -206,7 +212,7 @@ def remove(path: str) -> None:
 
 
 def records(directory: str) -> Iterator[Instance]:
-    """Those in the directory of one name that count: one, or none.  The others are removed."""
+    """Those in the directory of one name that count: one, or none, or for a moment two.  The others are removed."""
     import json
 
     try:
@@ -284,11 +290,13 @@ def check_name(name: str) -> str:
 def find(host: Host, name: str) -> Instance:
     """The running instance of that name.  Raises HostError where there is none here."""
     place = named(base(host), name) if name and LETTERS.issuperset(name) and name not in (".", "..") else ""
-    for found in records(place) if place else ():
+    known = list(records(place)) if place else []
+    for found in known:
         if found.is_elsewhere():
             raise HostError(f"instance {name} belongs to another PID namespace of this host", "it can be reached from there only")
         if found.running:
             return found
+    if known:
         raise HostError(f"instance {name} is being started")
     raise HostError(f"no instance found with name {escaped(name)}", "`sciexec instance list` shows those of this host")
 

@@ -128,9 +128,7 @@ def begin(record: Instance, plan: Plan, base: str, logs: list[int]) -> None:
     try:
         first = os.read(reported, LONGEST_REPORT)
         if first[:1] == UP:
-            record.pid, record.running = int(first[1:]), True
-            record.started = instance.start_time(record.pid)
-            record.update(base)
+            record.hand_over(base, int(first[1:]))
             os.write(go, b".")
             first = os.read(reported, LONGEST_REPORT)
             if not first:

@@ -283,6 +283,20 @@ def test_a_record_without_its_process_does_not_count(run: Run, service: Path, co
         run("instance", "stop", "web")
 
 
+def test_who_removes_a_record_that_was_handed_over_removes_only_that(tmp_path: Path, begin: Callable[..., subprocess.Popen[str]]) -> None:
+    """The reader is late: it looks at the starting command's record when that has ended and process 1 has one."""
+    fields = dict.fromkeys(instance.Instance.FIELDS, "")
+    pid, base = os.getpid(), str(tmp_path)
+    own = {"pid": pid, "started": instance.start_time(pid), "boot": instance.boot(), "namespace": instance.namespace(), "running": False}
+    record = instance.Instance(**{**fields, **own, "name": "web"})
+    record.take_name(base)
+    (seen,) = instance.records(instance.named(base, "web"))
+    record.hand_over(base, os.getppid())
+    seen.remove()
+    (left,) = instance.records(instance.named(base, "web"))
+    assert (left.pid, left.running) == (os.getppid(), True)
+
+
 def test_a_host_that_shares_the_home_has_names_of_its_own(run: Run, service: Path, config: Path) -> None:
     run("instance", "start", service, "web")
     elsewhere = config / "instances/app/elsewhere"
