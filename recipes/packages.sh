@@ -31,6 +31,7 @@ test     busybox-static         busybox
 test     psmisc                 psmisc
 test     strace                 strace
 test     mpich                  mpich
+test     procps                 procps-ng
 '
 
 list=

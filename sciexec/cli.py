@@ -281,7 +281,7 @@ def conversion(command: Callable[..., Any]) -> Callable[..., Any]:
     "directory",
     metavar="PATH",
     default="",
-    envvar=["SCIEXEC_PULLDIR", "APPTAINER_PULLDIR", "SINGULARITY_PULLDIR"],
+    envvar=[f"{prefix}{key}" for prefix in options.PREFIXES for key in ("PULLDIR", "PULLFOLDER")],
     help="where to write",
 )
 @conversion
@@ -300,6 +300,7 @@ def pull(operands: tuple[str, ...], name: str, directory: str, settings: Setting
 @click.argument("out")
 @click.argument("spec")
 @click.option("--sandbox", "-s", is_flag=True, help="make a directory instead of a file")
+@click.option("--fakeroot", "-f", is_flag=True, expose_value=False, hidden=True, help="nothing is done as root, nor needs to be")
 @conversion
 def build(out: str, spec: str, sandbox: bool, settings: Settings, progress: Progress, force: bool) -> str:
     """Make the image OUT of SPEC: a URI, a SIF, a SquashFS or a sandbox directory."""
