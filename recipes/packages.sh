@@ -32,6 +32,7 @@ test     psmisc                 psmisc
 test     strace                 strace
 test     mpich                  mpich
 test     procps                 procps-ng
+test     psmisc                 psmisc
 '
 
 list=

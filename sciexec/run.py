@@ -59,7 +59,7 @@ def payload(options: Options, image: str, start: bytes, host: Host, home: str) -
     return environment.plan(
         options.verb.rpartition(" ")[2],
         options.argv,
-        host=host.environment,
+        host={**host.environment, "PWD": options.cwd} if options.cwd else host.environment,
         start=environment.load(start, image) if start else None,
         image=image,
         home=home,
