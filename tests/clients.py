@@ -30,7 +30,17 @@ PINS = {
         'pulp<2.8; python_version < "3.11"',
     ],
     "spython": ["spython==0.3.14", "pytest==9.2.0"],
+    "engines": [
+        *("boutiques==0.5.33", "miniwdl==1.16.0", "reframe-hpc==4.10.4", "styxsingularity==0.9.0"),
+        *(
+            "platformdirs==4.14.8",
+            "pydantic==2.14.4",
+            "python-dotenv==1.2.4",
+            "rich==15.0.0",
+        ),  # of mini-swe-agent's, those that it needs here
+    ],
 }
+BARE = {"engines": ["mini-swe-agent==2.4.6"]}  # without what they depend on: clients of language models, 700 MB
 
 
 class Engine(Protocol):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from clients import PINS, PYTHON, Call, Engine, kept, must
+from clients import BARE, PINS, PYTHON, Call, Engine, kept, must
 from conftest import TREE, Need, find
 from registry_fixtures import serve
 
@@ -40,10 +40,13 @@ def engine() -> Engine:
     def installed(name: str) -> Path:
         def make(place: Path) -> None:
             must(PYTHON, "-m", "venv", place / "venv")
-            must(place / "venv/bin/python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS[name])
+            pip = (place / "venv/bin/python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+            must(*pip, *PINS[name])
+            if name in BARE:
+                must(*pip, "--no-deps", *BARE[name])
 
         python = subprocess.run([PYTHON, "-VV"], capture_output=True, text=True, check=True).stdout
-        return kept(name, f"{python}{PINS[name]}", make) / "venv/bin"
+        return kept(name, f"{python}{PINS[name]}{BARE.get(name)}", make) / "venv/bin"
 
     return installed
 
