@@ -55,12 +55,12 @@ from spython.main import Client
 said = {}
 Client.quiet = True
 said["none"] = Client.instances(return_json=True)
-one = Client.instance("named.sif", name="one-of-ours", options=["--env", "A=set"])
+one = Client.instance("named.sif", name="one-of-ours", options=["--bind", "lent:/mnt/lent"])
 said["uri"] = one.get_uri()
-said["has"] = [bool(one.pid), os.path.exists(one.log_out_path), os.path.exists(one.log_err_path)]
+said["logs"] = [os.path.exists(path) for entry in Client.instances() for path in (entry.log_out_path, entry.log_err_path)]
 listed = Client.instances(return_json=True)
 said["listed"] = [[entry["instance"], entry["img"], entry["pid"] > 1, entry["ip"] is not None] for entry in listed]
-said["executed"] = Client.execute(one, ["sh", "-c", "echo $A"])
+said["executed"] = Client.execute(one, ["cat", "/mnt/lent"])
 said["code"] = Client.execute(one, ["sh", "-c", "exit 9"], return_result=True)["return_code"]
 two = Client.instance("named.sif", name="two-of-ours")
 said["names"] = sorted(entry.name for entry in Client.instances())
@@ -136,12 +136,13 @@ def test_a_script(script: Callable[[str], Any], work: Path) -> None:
 
 def test_instances(script: Callable[[str], Any], pulled: Callable[[str], Path], work: Path) -> None:
     (work / "named.sif").symlink_to(pulled("small"))
+    (work / "lent").write_text("lent\n")
     assert script(INSTANCES) == {
         "none": [],
         "uri": "instance://one-of-ours",
-        "has": [True, True, True],
+        "logs": [True, True],
         "listed": [["one-of-ours", str(work / "named.sif"), True, True]],
-        "executed": "set\n",
+        "executed": "lent\n",
         "code": 9,
         "names": ["one-of-ours", "two-of-ours"],
         "stopped": 0,
