@@ -121,6 +121,7 @@ def world(names: Path, mirrors: str, shared_cache: Path, tmp_path: Path) -> dict
         "USER": os.environ.get("USER", "user"),
         "LANG": "C.UTF-8",
         "XDG_CACHE_HOME": str(shared_cache),
+        "XDG_STATE_HOME": str(tmp_path / "state"),  # instances are the user's, and others may have some
         "SCIEXEC_REGISTRY_MIRROR": mirrors,
     }
 
