@@ -297,10 +297,10 @@ def pull(operands: tuple[str, ...], name: str, directory: str, settings: Setting
 
 
 @commands.command()
+@click.option("--fakeroot", "-f", is_flag=True, expose_value=False, hidden=True, help="nothing is done as root, nor needs to be")
 @click.argument("out")
 @click.argument("spec")
 @click.option("--sandbox", "-s", is_flag=True, help="make a directory instead of a file")
-@click.option("--fakeroot", "-f", is_flag=True, expose_value=False, hidden=True, help="nothing is done as root, nor needs to be")
 @conversion
 def build(out: str, spec: str, sandbox: bool, settings: Settings, progress: Progress, force: bool) -> str:
     """Make the image OUT of SPEC: a URI, a SIF, a SquashFS or a sandbox directory."""
