@@ -30,7 +30,7 @@ for image in small python node; do
     [ "$image" = small ] || oci tag --image "$layout:$before" "$image"
     rm -rf "$work/$image.root/usr/share/doc" "$work/$image.root/usr/share/man" "$work/$image.root/usr/share/info"
     oci insert --rootless --image "$layout:$image" "$work/$image.root" /
-    oci config --image "$layout:$image" --config.cmd bash \
-        --config.env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin --config.env "MADE_OF=Debian's packages"
+    oci config --image "$layout:$image" --config.cmd bash --config.env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
     before=$image
 done
+oci config --image "$layout:python" --config.env "MADE_OF=Debian's packages"

@@ -103,7 +103,7 @@ def shipped(call: Call, python: Path, work: Path, path: str, *selection: str | P
         *(python, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", "-q", "--tb=short", f"--junitxml={report}"),
         *(f"--basetemp={work / 'shipped'}", *selection),
         env={"PATH": path},
-        timeout=280,
+        timeout=800,
     )
     assert report.exists(), done.stdout + done.stderr
     found = {}
