@@ -35,7 +35,7 @@ task shout {
         String word
     }
     command <<<
-        tr a-z A-Z <~{text} >shouted
+        tr a-z A-Z <"~{text}" >shouted
         echo "~{word} ${UNSEEN-unseen}"
         echo "to stderr" >&2
     >>>
