@@ -113,3 +113,19 @@ def shipped(call: Call, python: Path, work: Path, path: str, *selection: str | P
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         found[name] = "\n".join([*reasons, *texts]) if reasons else "passed"
     return found
+
+
+def judge(what: str, results: dict[str, str], cannot: dict[str, str], note: Callable[[str, object], None]) -> None:
+    """Whether all tests passed but those that cannot, each with its reason, and these did not; the count is printed in the end.
+
+    Arguments:
+        results: of shipped().  note: pytest's record_property.
+    """
+    passed = {name for name, result in results.items() if result == "passed"}
+    note("counted", f"{what}: {len(passed)} of {len(results)} pass")
+    for name, reason in cannot.items():
+        note("counted", f"{what}: not {name}: {reason}")
+    unexpected = {name: result for name, result in results.items() if name not in passed and name not in cannot}
+    assert not unexpected, "\n\n".join(f"{name}:\n{result}" for name, result in unexpected.items())
+    assert not set(cannot) - set(results), "some of those that cannot pass were not run"
+    assert not set(cannot) & passed, "some of those that cannot pass do"
