@@ -143,8 +143,8 @@ from minisweagent.environments.singularity import SingularityEnvironment
 here = SingularityEnvironment(image="docker://alpine:3", env={"A": "a b", "B": "1,2"}, timeout=20)
 said = [here.execute({"command": command}) for command in (
     "pwd; id -u; echo $A; echo $B",
-    "echo kept >/opt/kept; mkdir -p /usr/local/new; chown 0:0 /opt/kept",
-    "cat /opt/kept; ls -d /usr/local/new; ls missing",
+    "echo kept >/var/lib/kept; mkdir -p /usr/local/new; chown 0:0 /var/lib/kept",
+    "cat /var/lib/kept; ls -d /usr/local/new; ls missing",
 )]
 said.append(here.execute({"command": "sleep 66.25"}, timeout=1))
 said.append(here.execute({"command": "pwd"}, cwd="/usr/local/new"))
@@ -158,7 +158,7 @@ def test_mini_swe_agent(program: Callable[..., subprocess.CompletedProcess[str]]
     (work / "script.py").write_text(SWE)
     done = program("python3", "script.py", env={"MSWEA_SILENT_STARTUP": "1", "TMPDIR": str(work)})
     assert json.loads(done.stdout) == [
-        ["/\n0\na b\n1,2\n", 0],
+        ["/root\n0\na b\n1,2\n", 0],
         ["", 0],
         ["kept\n/usr/local/new\nls: cannot access 'missing': No such file or directory\n", 2],
         ["", -1],
