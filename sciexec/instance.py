@@ -314,6 +314,14 @@ def find_all(host: Host, pattern: str = "*") -> list[Instance]:
     return [instance for instance in found if instance.running and not instance.is_elsewhere()]
 
 
+def chosen(host: Host, pattern: str) -> list[Instance]:
+    """find_all(), which shall find one at least.  Raises UsageError (the exit code is Apptainer's)."""
+    found = find_all(host, pattern)
+    if not found:
+        raise UsageError("no instance found", "`sciexec instance list` shows those of this host")
+    return found
+
+
 def listing(instances: list[Instance], *, as_json: bool, logs: bool) -> str:
     """What `instance list` prints."""
     if as_json:

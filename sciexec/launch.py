@@ -20,7 +20,7 @@ import select
 from sciexec import enter, instance, kernel, run, sinit
 from sciexec.errors import HostError, SciexecError, escaped
 from sciexec.instance import Instance
-from sciexec.sources import tell
+from sciexec.sources import above_standard, tell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def start(options: Options, image: Image, host: Host) -> None:
     """Start an instance; it runs when this returns.  Raises SciexecError where it does not."""
     base = instance.base(host)
     name = instance.check_name(options.name)
-    options.pid = True
+    options.pid, options.no_init = True, False
     made = run.plan(options, image, host)
     if options.debug:
         tell(made.describe())
@@ -84,7 +84,7 @@ def start(options: Options, image: Image, host: Host) -> None:
 
 def open_pid_file(path: str) -> int:
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return above_standard(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
     except OSError as error:
         raise HostError(f"writing the process id to {escaped(path)}: {error.strerror}") from error
 
@@ -92,7 +92,7 @@ def open_pid_file(path: str) -> int:
 def open_log(path: str) -> int:
     instance.private(os.path.dirname(path))
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+        return above_standard(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644))
     except OSError as error:
         raise HostError(f"opening the log {escaped(path)}: {error.strerror}", "SCIEXEC_CONFIGDIR names another directory") from error
 
@@ -156,7 +156,7 @@ def become(plan: Plan, logs: list[int], wait: int, report: int) -> NoReturn:
         os.setsid()
         forget_environment()
         close_inherited()
-        for number, fd in enumerate((os.open(os.devnull, os.O_RDONLY), *logs)):
+        for number, fd in enumerate((above_standard(os.open(os.devnull, os.O_RDONLY)), *logs)):
             os.dup2(fd, number)
         plan.isolation.supervisor = Launch(plan.payload, wait, report)
         enter.enter(plan)

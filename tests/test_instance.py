@@ -181,6 +181,15 @@ def test_descriptors_of_the_caller_are_not_kept(sciexec_path: Path, run: Run, se
         assert file.read() == ""  # it ends
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_do_no_harm(sciexec_path: Path, run: Run, service: Path, config: Path, tmp_path: Path, closed: str) -> None:
+    line = f"exec {sciexec_path} instance start --pid-file {tmp_path}/pid {service} web {closed}"
+    subprocess.run(["sh", "-c", line], env={**os.environ, "SCIEXEC_CONFIGDIR": str(config)}, cwd=tmp_path, check=True)
+    assert eventually(lambda: log(config, "web", "err"))
+    assert log(config, "web").startswith("started") and log(config, "web", "err") == "problem\n"
+    assert (tmp_path / "pid").read_text() == f"{pid_of(run, 'web')}\n"
+
+
 def test_the_environment_of_the_caller_stays_outside(run: Run, service: Path) -> None:
     run("instance", "start", "--cleanenv", service, "web", env={"SECRET": "secret"})
     assert "secret" not in inside(run, "web", "cat /proc/[12]/environ")
@@ -678,7 +687,7 @@ def test_stats(run: Run, service: Path) -> None:
     head, row = run("instance", "stats", "--no-stream", "web").stdout.splitlines()
     assert re.split(" {2,}", head) == ["INSTANCE NAME", "CPU USAGE", "MEM USAGE / LIMIT", "MEM %", "BLOCK I/O", "PIDS"]
     assert re.fullmatch(r"web +\d+\.\d\d% +\S+B / \S+B +\d+\.\d\d% +\S+B / \S+B +\d+", row)
-    assert run("instance", "stats", "nosuch").returncode == 255
+    assert run("instance", "stats", "nosuch").returncode == 1
 
 
 # --- the command line -------------------------------------------------------------------------------------------------------
