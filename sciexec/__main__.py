@@ -6,10 +6,13 @@ module that is needed for an error message could not be found any more.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from sciexec import version
 from sciexec.errors import HostError, SciexecError
+
+gc.disable()  # a start makes no garbage, and to look for it while modules load takes a millisecond
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ def command_line(program: str, arguments: list[str]) -> int | Options:
 
     It needs third-party packages, which an isolated start leaves out.  Raises HostError where one is missing.
     """
+    gc.enable()
     if sys.flags.no_site:
         import site
 

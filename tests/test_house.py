@@ -34,8 +34,8 @@ FLOORS += ["sciexec.cli", "sciexec.__main__"]
 HOT = """
     __init__ __main__ errors kernel squashfs sif image sources spelling options environment host mounts overlay isolation enter run
 """.split()
-HOT_LIBRARY = {"__future__", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal", "socket",
-               "_socket", "posix", "fcntl", "pwd", "grp", "resource", "select"}
+HOT_LIBRARY = {"__future__", "gc", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal",
+               "socket", "_socket", "posix", "fcntl", "pwd", "grp", "resource", "select"}
 
 
 def rooms(package: str) -> list[Path]:
