@@ -39,6 +39,7 @@ RECORDED = """
 """.split()
 CONFIG = ("SCIEXEC_CONFIGDIR", "APPTAINER_CONFIGDIR", "SINGULARITY_CONFIGDIR")
 PF_EXITING = 4  # linux/sched.h; of the flags in /proc/PID/stat
+PATIENCE = 2  # seconds, for the kernel to end what was killed
 TRIES = 100  # to take a name that others take and leave all the time
 
 
@@ -90,6 +91,14 @@ class Instance:
 
     def is_alive(self) -> bool:
         return self.boot == boot() and start_time(self.pid) == self.started
+
+    def has_ended(self) -> bool:
+        """Whether its processes are all gone: the kernel lets process 1 wait for the others."""
+        try:
+            fields = stat_of(self.pid)
+        except OSError:
+            return True
+        return fields[0] in (b"Z", b"X") or int(fields[19]) != self.started
 
     def is_elsewhere(self) -> bool:
         """Whether its process ids mean nothing here, as it was started in another PID namespace of this host."""
@@ -400,10 +409,10 @@ def stop(instances: list[Instance], signal: int, timeout: float, *, quiet: bool)
     for instance in left:
         say(f"Killing {instance.name} instance of {escaped(instance.image)} (PID={instance.pid}) (Timeout)")
         send(instance, 9)
-    for instance in left:
-        while instance.is_alive():  # not long: nothing but the kernel keeps it
-            time.sleep(0.001)
+    deadline = time.monotonic() + PATIENCE
     for instance in instances:
+        while not instance.has_ended() and time.monotonic() < deadline:
+            time.sleep(0.001)
         instance.remove()
 
 
