@@ -10,7 +10,7 @@ $XDG_STATE_HOME/sciexec/instances, else ~/.local/state/sciexec/instances.
 No lock guards a name, as not every shared file system has them.  A name is taken by renaming a directory with the record in
 it over NAME: the kernel replaces an empty directory and refuses any other, so of two who try one succeeds.
 
-A record counts as long as the process PID lives that began at START: the starting command at first, then process 1 of the
+A record counts as long as its owner's process PID lives that began at START: the starting command at first, then process 1 of the
 instance, for which a second record is added before the first is removed.  Whoever meets a record that does not count removes it;
 as no other can have its name, that never is another one.
 """
@@ -55,11 +55,11 @@ class Instance:
         options: of the start, by slot; those of RECORDED.
         boot, namespace: of the host, and of the process ids on it, where pid means something.
         out, err: absolute paths of the logs.
-        path: of the record; "" where it has none yet.
+        path: of the record; "" where it has none yet.  owner: of the record, a uid.
     """
 
     FIELDS = ("name", "image", "pid", "started", "running", "home", "start", "options", "boot", "namespace", "out", "err")
-    __slots__ = (*FIELDS, "path")
+    __slots__ = (*FIELDS, "owner", "path")
 
     name: str
     image: str
@@ -74,11 +74,12 @@ class Instance:
     out: str
     err: str
     path: str
+    owner: int
 
-    def __init__(self, *, path: str = "", **fields: Any) -> None:
+    def __init__(self, *, path: str = "", owner: int | None = None, **fields: Any) -> None:
         for name in self.FIELDS:
             setattr(self, name, fields[name])
-        self.path = path
+        self.path, self.owner = path, os.getuid() if owner is None else owner
 
     def dump(self) -> bytes:
         import json
@@ -90,7 +91,13 @@ class Instance:
         return {"instance": self.name, "pid": self.pid, "img": self.image, "ip": "", "logErrPath": self.err, "logOutPath": self.out}
 
     def is_alive(self) -> bool:
-        return self.boot == boot() and start_time(self.pid) == self.started
+        """Whether there is the process, and is the record owner's: root, who may stop anything, believes no user's record."""
+        if self.boot != boot() or start_time(self.pid) != self.started:
+            return False
+        try:
+            return os.stat(f"/proc/{self.pid}").st_uid == self.owner
+        except OSError:
+            return False
 
     def has_ended(self) -> bool:
         """Whether its processes are all gone: the kernel lets process 1 wait for the others."""
@@ -232,11 +239,13 @@ def records(directory: str) -> Iterator[Instance]:
         path = f"{directory}/{name}"
         try:
             with open(path, "rb") as file:
-                found = Instance(path=path, **json.load(file))
+                found = Instance(path=path, owner=os.fstat(file.fileno()).st_uid, **json.load(file))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise HostError(f"reading {escaped(path)}: not the record of an instance ({error})", "remove it") from error
+        if os.getuid() not in (found.owner, 0):  # where somebody else can write, nobody is safe
+            raise HostError(f"reading {escaped(path)}: the record belongs to somebody else", "SCIEXEC_CONFIGDIR names another directory")
         if found.is_elsewhere() or found.is_alive():
             yield found
         else:

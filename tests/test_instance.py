@@ -164,7 +164,7 @@ def test_of_many_who_start_one_name_one_succeeds(run: Run, begin: Begin, service
 
 
 def test_a_record_without_its_process_does_not_count(run: Run, service: Path, config: Path) -> None:
-    """The process id lives, but it is somebody else's by now."""
+    """The process id lives, but it is another process, of another boot, or another user's."""
     run("instance", "start", service, "web")
     directory = config / "instances/app" / HERE / "web"
     (path,) = directory.iterdir()
@@ -173,7 +173,8 @@ def test_a_record_without_its_process_does_not_count(run: Run, service: Path, co
     fields = json.loads(record)
     stale = {**fields, "pid": os.getpid(), "started": instance.start_time(os.getpid()) - 1}
     before = {**fields, "pid": os.getpid(), "started": instance.start_time(os.getpid()), "boot": "another"}
-    for text in (json.dumps(stale), json.dumps(before)):
+    roots = {**fields, "pid": 1, "started": instance.start_time(1)}
+    for text in map(json.dumps, (stale, before, roots)):
         directory.mkdir()
         path.write_text(text)
         assert listed(run) == []
