@@ -61,10 +61,11 @@ class Isolation:
 
         With process ids of its own the caller's process stays outside, and another one returns.
         """
-        kernel.unshare(kernel.CLONE_NEWNS | (kernel.CLONE_NEWPID if self.supervisor else 0))
         if self.supervisor:
+            kernel.unshare(kernel.CLONE_NEWPID)
             self._link = self.supervisor.leave(init=self.init)
             self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+        kernel.unshare(kernel.CLONE_NEWNS)
 
     def enter_inner(self) -> None:
         """Become who the payload is, for good.  Raises OSError."""

@@ -408,8 +408,10 @@ class Edit(Operation):
                 raise ImageError(f"reading the image's {self.target}: not smaller than {LARGEST_FILE} bytes")
             edited = self.target.replace("/", "_")
             file = os.open(edited, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            os.write(file, self.change(content))
-            os.close(file)
+            try:
+                os.write(file, self.change(content))
+            finally:
+                os.close(file)
             kernel.mount(edited, kernel.magic(target), "", kernel.MS_BIND)
         finally:
             os.close(target)
