@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from instances import Begin, Run, eventually, inside, pid_of
+from instances import Begin, Run, eventually, inside, log, pid_of
 
 from sciexec import host
 
@@ -38,6 +38,27 @@ def test_who_joins_lives_in_the_same_namespaces_without_any_rights(run: Run, ser
     assert lines[0] == str(os.getuid())
     fields = dict(line.split(":\t") for line in lines if ":\t" in line)
     assert fields == {"NoNewPrivs": "1", **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16)}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-f"], ["-C"], ["--ipc", "--hostname", "box", "--net", "--network", "none"], ["-f", "--no-privs", "--uts"], ["--security", "uid:7"],
+     ["--add-caps", "CAP_NET_RAW,CAP_SYS_ADMIN"], ["-f", "--drop-caps", "CAP_CHOWN", "--net", "--network", "none", "--uts"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_who_joins_is_who_started(run: Run, hostile: Path, config: Path, words: list[str]) -> None:
+    """The script tells of itself, and so does a process that joins, without asking for any of it."""
+    told = """
+        grep -E '^(Uid|Gid|Cap|NoNewPrivs|Seccomp)' /proc/self/status
+        for name in user mnt pid ipc uts net cgroup; do readlink /proc/self/ns/$name; done
+        id; uname -n; echo $HOME; cat /proc/net/dev | wc -l; echo end"""
+    script = hostile / ".singularity.d/startscript"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\n{told}\n")
+    script.chmod(0o755)
+    assert run("instance", "start", *words, hostile, "web").returncode == 0
+    assert eventually(lambda: log(config, "web").endswith("end\n"))
+    assert inside(run, "web", told).splitlines() == log(config, "web").splitlines()
 
 
 def test_processes_see_each_other_and_the_same_files(run: Run, service: Path) -> None:
@@ -158,12 +179,15 @@ def test_the_image_may_be_gone_by_then(run: Run, services: dict[str, Path], tmp_
     assert inside(run, "web", "echo $FROM_IMAGE") == "image\n"
 
 
-@pytest.mark.parametrize("words", [["--contain"], ["--no-home"]])
+@pytest.mark.parametrize(
+    "words", [["--contain"], ["--no-home"], ["--ipc"], ["--uts"], ["--net", "--network", "none"], ["--security", "uid:7"], ["-C"]]
+)
 def test_a_restriction_that_the_instance_lacks_is_fatal(run: Run, service: Path, words: list[str]) -> None:
     run("instance", "start", service, "free")
     done = run("exec", *words, "instance://free", "true")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"FATAL: {words[0]} cannot be given to a process that joins instance free: it was started without\n")
+    name = {"-C": "--contain", "--security": "--security uid"}.get(words[0], words[0])
+    assert done.stderr.startswith(f"FATAL: {name} cannot be given to a process that joins instance free: it was started without\n")
     run("instance", "start", *words, service, "bound")
     done = run("exec", *words, "instance://bound", "true")
     assert (done.returncode, done.stderr) == (0, "")
