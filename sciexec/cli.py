@@ -185,10 +185,10 @@ def instance_stop(ctx: click.Context, everything: bool, force: bool, signal: str
     """Stop instances: all processes in them have ended then."""
     from sciexec import host, instance
 
-    if everything == bool(pattern):
-        raise UsageError("instance stop: either --all or the name of an instance", "see `sciexec instance stop --help`")
+    if not everything and not pattern:
+        raise UsageError("instance stop: neither a name nor --all is given", "see `sciexec instance stop --help`")
     number = instance.signal_number("SIGKILL" if force else signal)
-    found = instance.chosen(instance.whose(host.Host(), user), pattern or "*")
+    found = instance.chosen(instance.whose(host.Host(), user), "*" if everything else pattern)
     instance.stop(found, number, timeout, quiet=bool(ctx.obj["values"].get("quiet")))
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import os
 
-from sciexec.errors import HostError, UsageError, escaped
+from sciexec.errors import HostError, SciexecError, UsageError, escaped
 from sciexec.sources import tell
 
 TYPE_CHECKING = False
@@ -297,9 +297,9 @@ def children(pid: int) -> bool:
 
 
 def check_name(name: str) -> str:
-    """`name`, if an instance can be called so.  Raises UsageError."""
+    """`name`, if an instance can be called so.  Raises SciexecError (the exit code is Apptainer's)."""
     if not name or not LETTERS.issuperset(name) or name in (".", "..") or len(name) > LONGEST:
-        raise UsageError(
+        raise SciexecError(
             f"instance name {escaped(name) or '(empty)'}: not a valid one", f"letters, digits, '.', '_' and '-', at most {LONGEST}"
         )
     return name
@@ -379,14 +379,14 @@ def whose(host: Host, user: str) -> Host:
 
 
 def signal_number(text: str) -> int:
-    """The number of a signal: 15, TERM or SIGTERM.  Raises UsageError."""
+    """The number of a signal: 15, TERM or SIGTERM.  Raises SciexecError (the exit code is Apptainer's)."""
     import signal
 
     name = text.upper()
     found = signal.Signals.__members__.get(name if name.startswith("SIG") else f"SIG{name}")
     number = int(text) if text.isascii() and text.isdigit() else found.value if found else 0
     if number not in signal.valid_signals():
-        raise UsageError(f"signal {escaped(text)}: there is no such signal", "as SIGTERM, TERM or 15")
+        raise SciexecError(f"signal {escaped(text)}: there is no such signal", "as SIGTERM, TERM or 15")
     return number
 
 

@@ -14,7 +14,7 @@ import pytest
 from instances import HERE, Begin, Run, eventually, inside, listed, log, pid_of
 
 from sciexec import host, instance, options
-from sciexec.errors import HostError, UsageError
+from sciexec.errors import HostError, SciexecError
 
 pytest_plugins = ["run_fixtures", "instance_fixtures"]
 
@@ -100,7 +100,7 @@ def test_pid_file(run: Run, service: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a/b", "../x", "..", ".", "a b", "", "\u00e9", "x" * 300, "a\nb"])
 def test_a_bad_name_is_refused(run: Run, service: Path, name: str) -> None:
     done = run("instance", "start", service, name)
-    assert done.returncode == 1
+    assert done.returncode == 255
     assert re.match(r"FATAL: instance name .*: not a valid one\n", done.stderr)
     assert listed(run) == []
 
@@ -298,7 +298,7 @@ def test_list_is_what_clients_expect(run: Run, service: Path, config: Path) -> N
     assert table[1:] == [
         f"{name:<13}    {pid:<{width}}          {service}" for name, pid in zip(("database", "web"), pids)
     ]
-    assert run("instance", "list", "d*").stdout.splitlines()[1:] == table[1:2]
+    assert run("instance", "list", "d*").stdout.split()[-3:] == ["database", str(pids[0]), str(service)]
     assert run("instance", "list", "--logs", "web").stdout.split()[-4:] == ["web", str(pids[1]), f"{logs}/web.err", f"{logs}/web.out"]
     assert listed(run, "no*") == []
 
@@ -337,7 +337,8 @@ def test_what_does_not_stop_is_killed(run: Run, service: Path, config: Path) -> 
 def test_stop_by_glob_force_and_all(run: Run, service: Path, config: Path) -> None:
     for name in ("web1", "web2", "db", "mail"):
         run("instance", "start", service, name)
-    assert "stop: either" in run("instance", "stop").stderr
+    done = run("instance", "stop")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "FATAL: instance stop: neither a name nor --all is given")
     assert run("-q", "instance", "stop", "web*").stderr == ""
     assert [found["instance"] for found in listed(run)] == ["db", "mail"]
     assert run("instance", "stop", "-F", "db").returncode == 0
@@ -404,5 +405,5 @@ def test_the_fast_reader_knows_instances() -> None:
 
 def test_names_are_checked_as_they_are() -> None:
     assert instance.check_name("a.B-_9") == "a.B-_9"
-    with pytest.raises(UsageError):
+    with pytest.raises(SciexecError):
         instance.check_name("a\n")
