@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from sciexec.host import Host
+    from sciexec.limits import Limits
     from sciexec.options import Options
     from sciexec.sinit import Link
 
@@ -37,9 +38,12 @@ class Isolation:
         ipc, net: whether it gets System V IPC and a network of its own.
         hostname: its own host name; None for the host's.
         umask: to set; None for the caller's.
+        limits: of resources; None for the caller's.
     """
 
-    __slots__ = ("_link", "_proc", "capabilities", "gid", "hostname", "init", "inside", "ipc", "net", "supervisor", "uid", "umask")
+    __slots__ = (
+        "_link", "_proc", "capabilities", "gid", "hostname", "init", "inside", "ipc", "limits", "net", "supervisor", "uid", "umask"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -54,18 +58,21 @@ class Isolation:
         net: bool = False,
         hostname: str | None = None,
         umask: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.uid, self.gid, self.inside = uid, gid, inside
         self.capabilities = capabilities
         self.supervisor, self.init = supervisor, init
         self.ipc, self.net, self.hostname, self.umask = ipc, net, hostname, umask
+        self.limits = limits
         self._proc = -1  # a descriptor of /proc/self
         self._link: Link | None = None
 
     def describe_outer(self) -> list[str]:
         """What enter_outer() and separate() do, one line for each step."""
         own = [f"own process ids, {'sinit' if self.init else 'the payload'} is 1"] if self.supervisor else []
-        return [f"user namespace {self.uid}:{self.gid} -> 0:0", *own, *(["own ipc"] if self.ipc else [])]
+        limited = self.limits.describe() if self.limits else []
+        return [*limited, f"user namespace {self.uid}:{self.gid} -> 0:0", *own, *(["own ipc"] if self.ipc else [])]
 
     def describe_inner(self) -> list[str]:
         """What enter_inner() does, one line for each step."""
@@ -81,7 +88,9 @@ class Isolation:
         return lines
 
     def enter_outer(self) -> None:
-        """Become root of a user namespace, in which everything will be mounted.  Raises OSError."""
+        """Become root of a user namespace, in which everything will be mounted.  Raises OSError, HostError."""
+        if self.limits:
+            self.limits.prepare()
         self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
         user_namespace(self._proc, f"0 {self.uid} 1", f"0 {self.gid} 1")
 
@@ -94,6 +103,8 @@ class Isolation:
             kernel.unshare(kernel.CLONE_NEWPID)
             self._link = self.supervisor.leave(init=self.init)
             self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+        if self.limits:
+            self.limits.join()
         kernel.unshare(kernel.CLONE_NEWNS | (kernel.CLONE_NEWIPC if self.ipc else 0))
 
     def enter_inner(self) -> None:
@@ -133,6 +144,11 @@ def isolation(options: Options, host: Host) -> Isolation:
         from sciexec import sinit
 
         supervisor = sinit
+    limited: Limits | None = None
+    if options.limits or options.apply_cgroups:
+        from sciexec import limits
+
+        limited = limits.limits(options)
     return Isolation(
         host.uid,
         host.gid,
@@ -144,6 +160,7 @@ def isolation(options: Options, host: Host) -> Isolation:
         net=options.net,
         hostname=(options.hostname or os.uname().nodename) if options.uts else None,
         umask=0o022 if options.no_umask else None,
+        limits=limited,
     )
 
 

@@ -83,7 +83,7 @@ def _limits(rows: str) -> tuple[Option, ...]:
     """Rows of cgroup limits: name, metavar, help."""
     lines = [[part.strip() for part in line.split("|")] for line in rows.strip().splitlines()]
     return tuple(
-        Option(name[2:].replace("-", "_"), name, VALUE, help, name[2:].replace("-", "_").upper(), metavar=metavar, state=LATER)
+        Option(name[2:].replace("-", "_"), name, VALUE, help, name[2:].replace("-", "_").upper(), metavar=metavar)
         for name, metavar, help in lines
     )
 
@@ -150,7 +150,7 @@ OPTIONS = (
     Option("fusemount", "--fusemount", LIST, "mount what a FUSE program of the image or the host serves", "FUSESPEC",
            metavar="container|host[-daemon]:COMMAND PATH", state=LATER),
     *LIMITS,
-    Option("apply_cgroups", "--apply-cgroups", VALUE, "limits from a TOML file", "APPLY_CGROUPS", metavar="PATH", state=LATER),
+    Option("apply_cgroups", "--apply-cgroups", VALUE, "limits from a TOML file", "APPLY_CGROUPS", metavar="PATH"),
     Option("unsquash", "--unsquash --tmp-sandbox", FLAG, "unpack the image into the cache and run it from there", "UNSQUASH TMP_SANDBOX",
            state=LATER),
     Option("shell", "--shell -s", VALUE, "the shell to start", "SHELL", metavar="PATH", verbs=("shell",)),
@@ -481,7 +481,8 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
     options.drop_caps = [spelling.capability(word) for word in words(text("drop_caps"))]
     options.fusemounts = texts("fusemount")
     options.limits = {option.slot: value for option in LIMITS if (value := text(option.slot))}
-    options.apply_cgroups = text("apply_cgroups")
+    cgroups = text("apply_cgroups")
+    options.apply_cgroups = spelling.absolute(cgroups) if cgroups else None
     options.shell, options.arch, options.authfile = text("shell"), text("arch"), text("authfile")
     options.app, options.pid_file = text("app"), text("pid_file")
     return options
