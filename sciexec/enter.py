@@ -107,7 +107,9 @@ def enter(plan: Plan) -> None:
         attempt(operation, operation.execute, root)
     plan.layers.finish()
     try:
-        if not root.writable:  # the image is so already; this is what was made around it
+        if root.writable:
+            root.seal()
+        else:  # the image is so already; this is what was made around it
             kernel.mount("", ".", "", kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.PRIVATE)
         os.chroot(".")
         os.chdir(root.fd)

@@ -95,7 +95,7 @@ def test_whatever_is_not_plain_is_left_to_click(line: str) -> None:
 def test_every_option_is_known_or_refused_by_its_name(verb: str) -> None:
     for row in options.rows(verb):
         for name in row.names:
-            words = [verb, name, *([] if row.kind == FLAG else ["/x=y"]), "i", "c"]
+            words = [verb, name, *([] if row.kind == FLAG else VALUES.get(row.slot, ["/x=y"])[:1]), "i", "c"]
             found = options.parse("sciexec", words, {})
             assert (found is None) == (row.state in (LATER, NEVER)), words
             if found is None and verb in cli.commands.commands:
@@ -128,11 +128,22 @@ GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fuse
 # --- two readers, one meaning -----------------------------------------------------------------------------------------------
 
 
+# values of options that do not take any text
+VALUES = {
+    "bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"],
+    "mount": ["type=bind,src=/a,dst=/b", 'src=/a,"dst=/b,c",ro'],
+    "data": ["/a", "/a:/b,c"],
+    "home": ["/h", "/h:/i"],
+    "no_mount": ["tmp", "cwd,/etc/hosts"],
+    "scratch": ["/s", "/s,/t"],
+    "env": ["A=1", "A=1,B=2"],
+    "dns": ["10.0.0.1", "10.0.0.1,fe80::1"],
+}
+
+
 def spellings(row: Option) -> st.SearchStrategy[list[str]]:
     """Ways to write an option that both readers take."""
-    values = {"bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"], "home": ["/h", "/h:/i"], "env": ["A=1", "A=1,B=2"]}.get(
-        row.slot, ["/v", "-v", "a b"]
-    )
+    values = VALUES.get(row.slot, ["/v", "-v", "a b"])
     ways = []
     for name in row.names:
         if row.kind == FLAG:
@@ -314,7 +325,7 @@ def test_the_command_line_beats_a_variable_and_binds_are_put_together() -> None:
     assert parsed("shell i", {"SINGULARITY_SHELL": "/bin/zsh"}).shell == "/bin/zsh"
 
 
-@pytest.mark.parametrize(("name", "value", "option"), [("APPTAINER_NV", "1", "--nv"), ("SINGULARITY_WORKDIR", "/w", "--workdir")])
+@pytest.mark.parametrize(("name", "value", "option"), [("APPTAINER_NV", "1", "--nv"), ("SINGULARITY_PLATFORM", "/w", "--platform")])
 def test_a_variable_of_an_option_that_is_not_there_is_refused(name: str, value: str, option: str) -> None:
     with pytest.raises(UsageError, match=rf"^{name} \(which means {option}\)"):
         parsed("exec i c", {name: value})
