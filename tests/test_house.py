@@ -24,7 +24,7 @@ SCIEXEC = """
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci
-    inflate metadata layers output sandbox pull definition dockerfile fakeroot build signing push
+    inflate metadata layers output sandbox pull definition dockerfile fakeroot build data signing push
 """.split()
 FLOORS = [f"sciexec.{room}" for room in SCIEXEC if room not in ("cli", "__main__")]
 FLOORS += [f"convert.{room}" for room in CONVERT]
