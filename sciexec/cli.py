@@ -315,6 +315,8 @@ def build(out: str, spec: str, sandbox: bool, as_data: bool, settings: Settings,
     """Make the image OUT of SPEC: a URI, a SIF, a SquashFS or a sandbox directory."""
     from convert import build, data
 
+    if as_data and sandbox:
+        raise UsageError("build: data are packed into a file, and --sandbox asks for a directory", "cp -a copies a directory")
     if as_data:
         return data.package(spec, out, settings, progress, force=force)
     return build.build(out, spec, settings, progress, as_sandbox=sandbox, force=force)

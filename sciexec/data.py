@@ -86,15 +86,15 @@ class Data(Operation):
         self.served.start()
 
     def prepare(self, root: Root) -> None:
-        os.close(self._target(root, self.served.find(self.path)))
-
-    def _target(self, root: Root, source: int) -> int:
-        return root.make(self.target, directory=stat.S_ISDIR(os.fstat(source).st_mode))
+        source = self.served.find(self.path)
+        os.close(root.make(self.target, directory=stat.S_ISDIR(os.fstat(source).st_mode)))
+        os.close(source)
 
     def execute(self, root: Root) -> None:
         source = self.served.find(self.path)
-        target = self._target(root, source)
-        stage = root.stage(directory=stat.S_ISDIR(os.fstat(source).st_mode))
+        directory = stat.S_ISDIR(os.fstat(source).st_mode)
+        target = root.make_fitting(self.target, directory=directory)
+        stage = root.stage(directory=directory)
         kernel.mount(kernel.magic(source), stage, "", kernel.MS_BIND)
         shown = os.open(stage, os.O_PATH)
         root.show(shown)

@@ -112,6 +112,15 @@ class Root:
         for fd in self._sealed:
             kernel.make_read_only(fd, below=False)
 
+    def make_fitting(self, path: str, *, directory: bool) -> int:
+        """As `make`, for a mount of a directory or a file, which takes one of the same kind.  Raises HostError for another."""
+        fd = self.make(path, directory=directory)
+        if stat.S_ISDIR(os.fstat(fd).st_mode) != directory:
+            os.close(fd)
+            there, comes = ("file", "directory") if directory else ("directory", "file")
+            raise HostError(f"mounting on {escaped(path)}: the container has a {there} there, and a {comes} cannot cover it")
+        return fd
+
     def use(self, status: os.stat_result) -> None:
         """Remember what has been mounted, for `is_used`."""
         self._used.add((status.st_dev, status.st_ino))
@@ -314,7 +323,7 @@ class Bind(Operation):
 
     def execute(self, root: Root) -> None:
         status = os.stat(self.source)
-        target = root.make(self.target, directory=stat.S_ISDIR(status.st_mode))
+        target = root.make_fitting(self.target, directory=stat.S_ISDIR(status.st_mode))
         try:
             if self.unless_visible and os.path.samestat(os.fstat(target), status):
                 return
@@ -390,7 +399,7 @@ class Tmpfs(Operation):
 
     def cover(self, root: Root) -> int:
         """Mount it and give back a descriptor of it, which stays open until execve; -1 where it was left out."""
-        target = root.make(self.target, directory=True)
+        target = root.make_fitting(self.target, directory=True)
         try:
             if self.optional and root.is_used(target):
                 return -1
@@ -493,7 +502,7 @@ class File(Operation):
         os.close(root.make(self.target, directory=False))
 
     def execute(self, root: Root) -> None:
-        target = root.make(self.target, directory=False)
+        target = root.make_fitting(self.target, directory=False)
         try:
             write_over(target, self.target, self.content)
         finally:

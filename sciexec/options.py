@@ -466,7 +466,7 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
     options.no_mount = [spelling.no_mount(word) for word in words(*texts("no_mount"))]
     workdir = text("workdir")
     options.workdir = spelling.absolute(workdir) if workdir else None
-    options.scratch = [spelling.inside("--scratch", word) for word in words(*texts("scratch"))]
+    options.scratch = [spelling.inside("--scratch", word, word) for word in words(*texts("scratch"))]
     options.env = [pair for given in texts("env") for pair in spelling.assignments(given)]
     options.env_files = [spelling.absolute(path) for path in texts("env_file") if path]
     options.no_env = words(*texts("no_env"))

@@ -66,9 +66,7 @@ def binds(text: str) -> list[Bind]:
         source, *rest = map(plain, fields(item, ":")[:2])
         source = absolute(source)
         target = rest[0] if rest and rest[0] else source
-        if not target.startswith("/"):
-            raise UsageError(f"--bind {escaped(item)}: the path inside must begin with a slash")
-        bind = Bind(source, normal(target))
+        bind = Bind(source, inside("--bind", item, target))
         for option in filter(None, given):
             if not is_bind_option(option):
                 raise UsageError(f"--bind {escaped(item)}: {escaped(option)} is neither ro, rw, image-src=PATH nor id=N", WRITTEN)
@@ -119,7 +117,7 @@ def mounts(text: str) -> list[Bind]:
             raise UsageError(f"--mount {escaped(line)}: its type must be bind", "--mount type=bind,src=PATH,dst=PATH")
         if not values["source"] or not values["target"].startswith("/"):
             raise UsageError(f"--mount {escaped(line)}: it needs src=PATH and dst=/PATH", "--mount type=bind,src=PATH,dst=PATH")
-        bind.source, bind.target = absolute(values["source"]), normal(values["target"])
+        bind.source, bind.target = absolute(values["source"]), inside("--mount", line, values["target"])
         found.append(bind)
     return found
 
@@ -142,7 +140,7 @@ def data(text: str) -> tuple[str, str]:
     parts = [plain(part) for part in fields(text, ":")]
     if not parts[0] or len(parts) > 2 or (len(parts) == 2 and not parts[1].startswith("/")):
         raise UsageError(f"--data {escaped(text)}: not FILE or NAME, with :DEST behind it", "DEST is a path inside and begins with a slash")
-    return parts[0], normal(parts[1]) if parts[1:] else ""
+    return parts[0], inside("--data", text, parts[1]) if parts[1:] else ""
 
 
 NO_MOUNT = ("proc", "sys", "dev", "devpts", "home", "tmp", "hostfs", "cwd", "bind-paths")
@@ -170,11 +168,13 @@ def address(text: str) -> str:
     raise UsageError(f"--dns {escaped(text)}: not an address of IPv4 or IPv6")
 
 
-def inside(name: str, text: str) -> str:
-    """An absolute path inside."""
-    if not text.startswith("/"):
+def inside(name: str, text: str, path: str) -> str:
+    """An absolute path inside, which something can be mounted on.  name, text: the option and its value, for an error."""
+    if not path.startswith("/"):
         raise UsageError(f"{name} {escaped(text)}: the path inside must begin with a slash")
-    return normal(text)
+    if normal(path) == "/":
+        raise UsageError(f"{name} {escaped(text)}: the root of the image cannot be covered", "a directory can be run as an image")
+    return normal(path)
 
 
 def overlay(text: str) -> tuple[str, bool]:

@@ -96,6 +96,10 @@ SENSELESS = [
     (["--mount", 'src=/etc,"dst=/x'], "a quote is not closed"),
     (["--bind", "/etc:x"], "the path inside must begin with a slash"),
     (["--bind", "/etc:/x:no"], "no is neither ro, rw"),
+    (["--bind", "/etc:/x/.."], "the root of the image cannot be covered"),
+    (["--mount", "src=/etc,dst=/"], "the root of the image cannot be covered"),
+    (["--scratch", "//"], "the root of the image cannot be covered"),
+    (["--data", "/etc:/"], "the root of the image cannot be covered"),
 ]
 
 
@@ -172,6 +176,25 @@ def test_a_place_that_the_caller_may_not_make_is_an_error(sciexec: Command, imag
         assert done.returncode == 255
         assert done.stderr.startswith("FATAL: mounting ") and target in done.stderr and cause in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "words", [["-B", "{data}:/etc/passwd"], ["-B", "{data}/file:/usr"], ["-S", "/etc/passwd"], ["-B", "{data}:/etc/passwd:ro"]]
+)
+def test_a_file_covers_no_directory_and_no_directory_a_file(sciexec: Command, image: Path, data: Path, words: list[str]) -> None:
+    done = sciexec("exec", *(word.format(data=data) for word in words), image, "true")
+    there, comes, target = ("directory", "file", "/usr") if "file" in words[1] else ("file", "directory", "/etc/passwd")
+    message = f"FATAL: mounting on {target}: the container has a {there} there, and a {comes} cannot cover it\n"
+    assert (done.returncode, done.stderr) == (255, message)
+
+
+def test_the_hosts_own_directories(sciexec: Command, images: dict[str, Path]) -> None:
+    """All of it at a place of its own; and over those of the image, as Open OnDemand binds them."""
+    done = sciexec("exec", "-B", "/:/host:ro", images["directory"], "sh", "-c", "ls /host/proc/self/status && cat /host/etc/os-release")
+    assert (done.returncode, done.stderr) == (0, "") and "ID=" in done.stdout
+    paths = ",".join(path for path in "/etc /media /mnt /opt /run /srv /usr /var".split() if os.path.isdir(path))
+    done = sciexec("exec", images["sif"], "id", "-u", env={"SINGULARITY_BINDPATH": paths})
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{os.getuid()}\n", "")
 
 
 def test_writable_tmpfs_does_not_open_what_is_read_only(sciexec: Command, image: Path, data: Path) -> None:
@@ -382,9 +405,11 @@ TARGETS = {"host": "{canary}", "up": "../../../../../../../../../..{canary}", "d
 
 @pytest.mark.parametrize("kind", ["directory", "sif"])
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("words", ["", "--contain --dns 192.0.2.1 -S /home/x/y,/var/z -W {work}", "--writable-tmpfs -S /etc/localtime/x"])
 def test_links_of_the_image_touch_nothing_of_the_host(
-    sciexec: Command, hostile: Path, make_image: Make, tmp_path: Path, kind: str, target: str, nothing_left: None
+    sciexec: Command, hostile: Path, make_image: Make, data: Path, tmp_path: Path, kind: str, target: str, words: str, nothing_left: None
 ) -> None:
+    (tmp_path / "work").mkdir()
     canary = tmp_path / "canary"
     canary.mkdir()
     for place in PLACES:
@@ -394,8 +419,10 @@ def test_links_of_the_image_touch_nothing_of_the_host(
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         path.symlink_to(TARGETS[target].format(canary=canary, own=path.name))
     image = make_image(hostile, kind)
-    done = sciexec("exec", "-B", f"{tmp_path}:/etc/deep/er", image, "/bin/busybox", "true")
+    options = words.format(work=tmp_path / "work").split()
+    done = sciexec("exec", *options, "-B", f"{data}:/etc/deep/er", "-B", f"{data}/file:{tmp_path}/new/file", image, "/bin/busybox", "true")
     assert done.returncode in (0, 255), done.stderr
+    assert sorted(os.listdir(data)) == ["below", "file"]
     assert "Traceback" not in done.stderr and "itself failed" not in done.stderr
     assert list(canary.iterdir()) == []
 

@@ -208,6 +208,7 @@ def test_what_the_fast_reader_takes_click_takes_too(words: list[str]) -> None:
         (r"/a\,b:/c\:d", [Bind("/a,b", "/c:d", False)]),
         (r"/a\:b", [Bind("/a:b", "/a:b", False)]),
         (r"/a\b", [Bind("/a\\b", "/a\\b", False)]),
+        ("/a/..:/b", [Bind("/a/..", "/b", False)]),
         ("/a//b/../c/:/d//e/../f/.", [Bind("/a//b/../c/", "/d/f", False)]),
         ("//a", [Bind("//a", "/a", False)]),
         ("/a b:/c d", [Bind("/a b", "/c d", False)]),
@@ -232,7 +233,7 @@ def test_a_relative_source_is_seen_from_here(tmp_path: Path, monkeypatch: pytest
         spelling.binds("a")
 
 
-@pytest.mark.parametrize("text", ["/a:b", "/a:/b:ro:rw", "/a:/b:xx", ":/b", "/a:/b:id=0", "/a:/b:id=x", "/a,b:c"])
+@pytest.mark.parametrize("text", ["/a:b", "/a:/", "/", "/a:/b/..", "/a:/b:ro:rw", "/a:/b:xx", ":/b", "/a:/b:id=0", "/a:/b:id=x", "/a,b:c"])
 def test_binds_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError, match="^--bind "):
         spelling.binds(text)
