@@ -345,35 +345,6 @@ class Bind(Operation):
             os.close(target)
 
 
-class Made(Bind):
-    """A directory of the host that is made if it is missing.
-
-    Arguments:
-        mode: of what is made; the directories above it get 0750.
-    """
-
-    __slots__ = ("mode",)
-
-    def __init__(self, source: str, target: str, *, mode: int, optional: bool = False) -> None:
-        super().__init__(source, target, optional=optional)
-        self.mode = mode
-
-    def describe(self) -> str:
-        return f"{super().describe()} made={self.mode:o}"
-
-    def start(self) -> None:
-        if os.path.isdir(self.source):
-            return
-        try:
-            os.makedirs(os.path.dirname(self.source), 0o750, exist_ok=True)
-            os.mkdir(self.source)
-            os.chmod(self.source, self.mode)  # whatever the umask
-        except FileExistsError:  # another container was faster
-            pass
-        except OSError as error:
-            raise HostError(f"making {escaped(self.source)}: {error.strerror}") from error
-
-
 class Tmpfs(Operation):
     """An empty directory in memory.
 
@@ -421,17 +392,17 @@ class Dev(Tmpfs):
     Arguments:
         console: the caller's terminal, which is not among those; "" for none.
         terminals: whether there are any.
-        queues: whether there is an mqueue, which shows the POSIX message queues of an IPC namespace of our own.
+        ipc: whether message queues are the container's own; then it shows them.
     """
 
     DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
     LINKS = (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"))
 
-    __slots__ = ("console", "queues", "terminals")
+    __slots__ = ("console", "ipc", "terminals")
 
-    def __init__(self, target: str = "/dev", *, console: str = "", terminals: bool = True, queues: bool = False) -> None:
+    def __init__(self, target: str = "/dev", *, console: str = "", terminals: bool = True, ipc: bool = False) -> None:
         super().__init__(target)
-        self.console, self.terminals, self.queues = console, terminals, queues
+        self.console, self.terminals, self.ipc = console, terminals, ipc
 
     def describe(self) -> str:
         console = [f"console={self.console}"] if self.console else []
@@ -440,7 +411,7 @@ class Dev(Tmpfs):
     def _directories(self) -> list[tuple[str, str, str]]:
         """Name, type of file system and its options."""
         pts = [("pts", "devpts", "newinstance,ptmxmode=0666,mode=620")] if self.terminals else []
-        return [*pts, ("shm", "tmpfs", "mode=1777"), *([("mqueue", "mqueue", "")] if self.queues else [])]
+        return [*pts, ("shm", "tmpfs", "mode=1777"), *([("mqueue", "mqueue", "")] if self.ipc else [])]
 
     def execute(self, root: Root) -> None:
         here = self.cover(root)
@@ -477,34 +448,6 @@ class Proc(Operation):
                 "mounting a /proc for --pid: the kernel refuses, as parts of the host's own are hidden from us",
                 "if this is a container, it was started with a masked /proc (Docker: --security-opt systempaths=unconfined)",
             ) from error
-        finally:
-            os.close(target)
-
-
-class File(Operation):
-    """A file of ours.
-
-    Arguments:
-        content: what is seen.  summary: what that is, in a few words.
-    """
-
-    __slots__ = ("content", "summary")
-
-    def __init__(self, target: str, content: bytes, summary: str) -> None:
-        super().__init__(target)
-        self.content = content
-        self.summary = summary
-
-    def describe(self) -> str:
-        return f"file {self.target} {self.summary}"
-
-    def prepare(self, root: Root) -> None:
-        os.close(root.make(self.target, directory=False))
-
-    def execute(self, root: Root) -> None:
-        target = root.make_fitting(self.target, directory=False)
-        try:
-            write_over(target, self.target, self.content)
         finally:
             os.close(target)
 

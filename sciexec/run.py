@@ -13,7 +13,7 @@ from sciexec import enter, environment, isolation, mounts, overlay, sif, sources
 from sciexec import host as hosts
 from sciexec.enter import Plan
 from sciexec.errors import HostError, escaped
-from sciexec.mounts import Bind, Dev, Edit, File, Made, Operation, Proc, Tmpfs
+from sciexec.mounts import Bind, Dev, Edit, Operation, Proc, Tmpfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,11 +89,13 @@ def defaults(options: Options, host: Host, home: str) -> list[Operation]:
     """What every container has of its host."""
     listed: list[Operation] = [Proc("/proc") if options.pid else Bind("/proc", "/proc"), Bind("/sys", "/sys")]
     if options.contain:
-        listed.append(Dev(console=console(), terminals="devpts" not in options.no_mount, queues=options.ipc))
+        listed.append(Dev(console=console(), terminals="devpts" not in options.no_mount, ipc=options.ipc))
     else:
         listed.append(Bind("/dev", "/dev"))
     listed += [Bind(path, path, optional=True) for path in ("/etc/hosts", "/etc/localtime")]
     if options.dns:
+        from sciexec.own import File
+
         servers = "".join(f"nameserver {address}\n" for address in options.dns)
         listed.append(File("/etc/resolv.conf", servers.encode(), f"nameserver {' '.join(options.dns)}"))
     else:
@@ -117,6 +119,8 @@ def homes(options: Options, source: str, target: str) -> list[Operation]:
 def private(options: Options, target: str, name: str, mode: int, *, optional: bool = False) -> Operation:
     """A directory of the container's own: kept as `name` in --workdir, or in memory and gone at the end."""
     if options.workdir:
+        from sciexec.own import Made
+
         return Made(f"{options.workdir.rstrip('/')}/{name}", target, mode=mode, optional=optional)
     return Tmpfs(target, mode=mode, optional=optional)
 

@@ -341,7 +341,7 @@ def test_message_queues_where_they_are_our_own(rootfs: Path) -> None:
         os.mkdir("image")
         Directory(str(rootfs)).mount("image")
         root = Root("image", writable=False)
-        device = Dev(queues=True)
+        device = Dev(ipc=True)
         assert device.describe() == "dev /dev null zero full random urandom tty pts shm mqueue"
         Bind("/proc", "/proc").execute(root)
         device.execute(root)
