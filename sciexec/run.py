@@ -38,7 +38,7 @@ def plan(options: Options, image: Image, host: Host) -> Plan:
 
     Raises HostError where what a bind names is missing, ImageError for a data image that is none.
     """
-    home_source, home = options.home or (host.home, host.home)
+    home_source, home = home_of(options, host)
     if options.workdir and options.contain and not os.path.isdir(options.workdir):
         raise HostError(f"--workdir {escaped(options.workdir)}: no such directory on the host", "make it first")
     left_out = {path for name in options.no_mount for path in NO_MOUNT.get(name, (name,))}
@@ -100,11 +100,21 @@ def defaults(options: Options, host: Host, home: str) -> list[Operation]:
         listed.append(File("/etc/resolv.conf", servers.encode(), f"nameserver {' '.join(options.dns)}"))
     else:
         listed.append(Bind("/etc/resolv.conf", "/etc/resolv.conf", optional=True))
-    listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home), f"with uid {host.uid}"))
-    listed.append(Edit("/etc/group", host.group, f"with gid {','.join(map(str, host.groups))}"))
+    uid, gid = isolation.identity(options, host)
+    groups = host.groups if gid == host.gid else [gid]
+    listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home, uid), f"with uid {uid}"))
+    listed.append(Edit("/etc/group", lambda content: host.group(content, groups), f"with gid {','.join(map(str, groups))}"))
+    if options.hostname:
+        named = os.fsencode(f"{options.hostname}\n")
+        listed.append(Edit("/etc/hostname", lambda content: named, "with the host name"))
     for path, name in (("/tmp", "tmp"), ("/var/tmp", "var_tmp")):
         listed.append(private(options, path, name, 0o1777, optional=True) if options.contain else Bind(path, path, optional=True))
     return listed
+
+
+def home_of(options: Options, host: Host) -> tuple[str, str]:
+    """(source, path inside) of the home directory; either may be ""."""
+    return options.home or (host.home, "/root" if options.fakeroot else host.home)
 
 
 def homes(options: Options, source: str, target: str) -> list[Operation]:

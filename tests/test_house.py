@@ -20,7 +20,7 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 # Ground floor first.
 SCIEXEC = """
     __init__ errors kernel squashfs sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options environment host sources mounts
-    own overlay sinit isolation limits gpu mpi share relay enter data run instance stats launch join inspect doctor switch cli __main__
+    own overlay sinit limits isolation gpu mpi share relay enter data run instance stats launch join inspect doctor switch cli __main__
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci
