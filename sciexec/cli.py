@@ -236,9 +236,14 @@ def help_on(ctx: click.Context, command: str | None) -> None:
 
 # --- images: made, looked at, kept ------------------------------------------------------------------------------------------
 
-CONVERSION = (
+PACKING = (
     click.option("--compression", metavar="NAME[:LEVEL]", help="zstd (the default, level 3), gzip, lz4 or xz"),
     click.option("--block-size", type=int, metavar="BYTES", help="of the SquashFS, a power of two [131072]"),
+    click.option("--force", "-F", is_flag=True, help="replace what is there"),
+    click.option("--quiet", "-q", is_flag=True, help="say errors only"),
+)
+CONVERSION = (
+    *PACKING[:2],
     click.option("--max-entries", type=int, metavar="N", help="refuse an image of more files [500000]"),
     click.option("--max-bytes", type=int, metavar="BYTES", help="refuse an image that is larger uncompressed [1 TiB]"),
     click.option("--max-ratio", type=int, metavar="N", help="refuse a layer that grows more times when decompressed [500]"),
@@ -246,12 +251,11 @@ CONVERSION = (
     click.option("--authfile", metavar="PATH", help="credentials for the registry, as docker's config.json"),
     click.option("--no-https", is_flag=True, default=None, help="speak http to the registry"),
     click.option("--disable-cache", is_flag=True, default=None, help="keep nothing of what a registry sends"),
-    click.option("--force", "-F", is_flag=True, help="replace what is there"),
-    click.option("--quiet", "-q", is_flag=True, help="say errors only"),
+    *PACKING[2:],
 )
 
 
-def conversion(command: Callable[..., Any]) -> Callable[..., Any]:
+def conversion(command: Callable[..., Any], flags: tuple[Callable[..., Any], ...] = CONVERSION) -> Callable[..., Any]:
     """The flags of whatever converts: they arrive as `settings` (convert.pull.Settings), `progress` and `force`."""
 
     @functools.wraps(command)
@@ -269,7 +273,12 @@ def conversion(command: Callable[..., Any]) -> Callable[..., Any]:
             result = command(*arguments, settings=settings, progress=shown, **given)
         click.echo(result)
 
-    return functools.reduce(lambda function, option: option(function), reversed(CONVERSION), settled)
+    return functools.reduce(lambda function, option: option(function), reversed(flags), settled)
+
+
+def packing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags of whatever packs a directory, as those of `conversion`."""
+    return conversion(command, PACKING)
 
 
 @commands.command()
@@ -300,12 +309,46 @@ def pull(operands: tuple[str, ...], name: str, directory: str, settings: Setting
 @click.argument("out")
 @click.argument("spec")
 @click.option("--sandbox", "-s", is_flag=True, help="make a directory instead of a file")
+@click.option("--data", "as_data", is_flag=True, help="pack the directory SPEC as data")
 @conversion
-def build(out: str, spec: str, sandbox: bool, settings: Settings, progress: Progress, force: bool) -> str:
+def build(out: str, spec: str, sandbox: bool, as_data: bool, settings: Settings, progress: Progress, force: bool) -> str:
     """Make the image OUT of SPEC: a URI, a SIF, a SquashFS or a sandbox directory."""
-    from convert import build
+    from convert import build, data
 
+    if as_data and sandbox:
+        raise UsageError("build: data are packed into a file, and --sandbox asks for a directory", "cp -a copies a directory")
+    if as_data:
+        return data.package(spec, out, settings, progress, force=force)
     return build.build(out, spec, settings, progress, as_sandbox=sandbox, force=force)
+
+
+@commands.group("data", cls=InOrder)
+def data_sets() -> None:
+    """Pack data sets: a directory of many files becomes one file, which a run shows with --data or --bind."""
+
+
+@data_sets.command("package")
+@click.argument("directory", metavar="DIR")
+@click.argument("out", metavar="OUT.sif")
+@click.option("--name", default="", metavar="NAME", help="of the data [the directory's]")
+@packing
+def data_package(directory: str, out: str, name: str, settings: Settings, progress: Progress, force: bool) -> str:
+    """Make the data image OUT.sif of the directory DIR."""
+    from convert import data
+
+    return data.package(directory, out, settings, progress, name=name, force=force)
+
+
+@data_sets.command("add")
+@click.argument("image", metavar="IMAGE.sif")
+@click.argument("directory", metavar="DIR")
+@click.option("--name", default="", metavar="NAME", help="of the data [the directory's]")
+@packing
+def data_add(image: str, directory: str, name: str, settings: Settings, progress: Progress, force: bool) -> str:
+    """Put the directory DIR into IMAGE.sif, where --data NAME finds it."""
+    from convert import data
+
+    return data.add(image, directory, settings, progress, name=name, force=force)
 
 
 ATTRIBUTES = {

@@ -7,8 +7,9 @@ In the second, last, the caller is themselves again and owns no capability over 
               |
               +--- sciexec-fuse: host's mount namespace, first user namespace
 
-The process stands in a tmpfs of ours meanwhile.  It lies over "/": no directory of the host is hidden by it, because a path is
-looked up from this process's root, which is what lies below, and only ".." of the root leads up to it.
+The process stands in a tmpfs of ours meanwhile, which is the root of the mount namespace; its own root is the host's, mounted
+below that.  So every path of the host means what it means outside, also one that leads through a link like ../run/resolv.conf:
+".." ends at a process's root, but it would climb onto a file system that merely lies over that.
 """
 
 from __future__ import annotations
@@ -92,8 +93,7 @@ def enter(plan: Plan) -> None:
         # slave: what the host's automounter mounts later appears inside as well, and nothing ever goes the other way
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         act = "mounting the image"
-        kernel.mount("tmpfs", "/", "tmpfs", kernel.PRIVATE, "mode=755")
-        os.chdir("/..")
+        stand_aside()
         root = plan.layers.mount()
     except OSError as error:
         raise failed(act, error, "namespace" if "namespace" in act else "mount") from error
@@ -103,11 +103,13 @@ def enter(plan: Plan) -> None:
         attempt(operation, operation.execute, root)
     plan.layers.finish()
     try:
-        if not root.writable:  # the image is so already; this is what was made around it
+        if root.writable:
+            root.seal()
+        else:  # the image is so already; this is what was made around it
             kernel.mount("", ".", "", kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.PRIVATE)
-        os.chdir(kernel.magic(root.fd))
-        kernel.pivot_root(".", ".")  # the old root now lies on top of the new one, and our tmpfs on top of that
-        kernel.umount2(".", kernel.MNT_DETACH)
+        os.chroot(".")
+        os.chdir(root.fd)
+        kernel.pivot_root(".", ".")  # our tmpfs, with the host below it, now lies on top of the new root
         kernel.umount2(".", kernel.MNT_DETACH)
         os.chdir("/")
         plan.isolation.enter_inner()
@@ -116,6 +118,15 @@ def enter(plan: Plan) -> None:
     change_directory(plan.cwd, strict=plan.strict, quiet=plan.quiet)
     reset_signals()
     plan.isolation.finish()
+
+
+def stand_aside() -> None:
+    """In a new mount namespace: stand in an empty tmpfs of ours, with the host's root as our own.  Raises OSError."""
+    kernel.mount("tmpfs", "/", "tmpfs", kernel.PRIVATE, "mode=755")
+    os.chdir("/..")
+    os.mkdir("host")
+    kernel.pivot_root(".", "host")
+    os.chroot("host")
 
 
 def attempt(operation: Operation, step: Callable[[Root], None], root: Root) -> None:

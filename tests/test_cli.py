@@ -82,7 +82,7 @@ def test_help_of_a_command_shows_what_there_is_and_nothing_else(sciexec: Command
         (["exec"], "sciexec exec: Missing argument 'IMAGE'", "see `sciexec exec --help`"),
         (["exec", "img"], "sciexec exec: Missing argument 'COMMAND", "see `sciexec exec --help`"),
         (["exec", "--nv", "img", "c"], "--nv is an option of Apptainer that this release of sciexec lacks", "`sciexec run --help`"),
-        (["exec", "--mount", "x", "img", "c"], "--mount is an option of Apptainer", "`sciexec run --help`"),
+        (["exec", "--mount", "x", "img", "c"], "--mount x: x is no key of a bind mount", "src, dst, ro"),
         (["exec", "-w", "img", "c"], "--writable is an option of Apptainer", "`sciexec run --help`"),
         (["exec", "-B", "/a:b", "img", "c"], "--bind /a:b: the path inside must begin with a slash", ""),
     ],

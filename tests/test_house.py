@@ -20,11 +20,11 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 # Ground floor first.
 SCIEXEC = """
     __init__ errors kernel squashfs sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options environment host sources mounts
-    overlay sinit limits isolation gpu mpi enter share relay data run instance stats launch join inspect doctor switch cli __main__
+    own overlay sinit limits isolation gpu mpi enter share relay data run instance stats launch join inspect doctor switch cli __main__
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci
-    inflate metadata layers output sandbox pull definition dockerfile fakeroot build signing push
+    inflate metadata layers output sandbox pull definition dockerfile fakeroot build data signing push
 """.split()
 FLOORS = [f"sciexec.{room}" for room in SCIEXEC if room not in ("cli", "__main__")]
 FLOORS += [f"convert.{room}" for room in CONVERT]
