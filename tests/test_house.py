@@ -20,7 +20,8 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 # Ground floor first.
 SCIEXEC = """
     __init__ errors kernel squashfs sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options scripts envfile environment
-    host sources mounts overlay sinit isolation limits gpu mpi share relay enter data run instance inspect doctor switch cli __main__
+    host sources mounts overlay sinit isolation limits gpu mpi share relay enter data run instance inspect doctor switch completion help cli
+    __main__
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci
