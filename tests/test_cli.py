@@ -75,34 +75,29 @@ def test_help_of_a_command_shows_what_there_is_and_nothing_else(sciexec: Command
     assert "--nv" not in done.stdout
 
 
-def lists_in(help: str) -> list[str]:
-    """The lists of commands."""
-    return re.findall(r"^(?:Commands|Runs|Images|This host|Others):\n((?:  .*\n)+)", help, re.M)
+EVERY_HELP = """
+import sys
+from sciexec import cli, help
+import click
+for command in help.tree(cli.commands, click.Context(cli.commands)):
+    print(f"\\f{command.path}")
+    cli.main("sciexec", [*command.path.split(), "--help"])
+"""
 
 
-@pytest.fixture(scope="module")
-def every_command(sciexec_path: Path) -> list[list[str]]:
-    """The words of every command, as help lists them."""
-
-    def below(path: list[str]) -> list[list[str]]:
-        lists = lists_in(call(sciexec_path, *path, "--help").stdout)
-        names = [line.split()[0] for part in lists for line in part.splitlines() if re.match(r"  [a-z]", line)]
-        return [path, *(found for name in names for found in below([*path, name]))]
-
-    return below([])
-
-
-def test_the_help_of_every_command_is_there_and_fits(every_command: list[list[str]], sciexec_path: Path) -> None:
-    assert {("exec",), ("cache", "list"), ("sif", "dump"), ("alias", "install"), ("run-help",)} <= set(map(tuple, every_command))
-    assert len(every_command) >= 25
-    for words in every_command:
-        for columns in ("80", "200"):
-            done = call(sciexec_path, *words, "--help", env={"COLUMNS": columns})
-            assert (done.returncode, done.stderr) == (0, ""), words
-            assert done.stdout.startswith(f"Usage: {' '.join(['sciexec', *words])} ")
-            assert max(map(len, done.stdout.splitlines())) <= min(100, int(columns)), words
-        listed = [line for part in lists_in(done.stdout) for line in part.splitlines()]
-        assert not [line for line in listed if line.endswith("...")], words  # cut off
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_help_of_every_command_is_there_and_fits(columns: int) -> None:
+    done = call(sys.executable, "-c", EVERY_HELP, env={"PYTHONPATH": str(TREE), "COLUMNS": str(columns)})
+    assert (done.returncode, done.stderr) == (0, "")
+    texts = dict(text.split("\n", 1) for text in done.stdout.split("\f")[1:])
+    assert {"", "exec", "instance list", "sif dump", "alias install", "run-help"} <= set(texts)
+    assert len(texts) >= 30
+    for path, text in texts.items():
+        assert text.startswith(f"Usage: sciexec {path}".strip() + " "), path
+        assert max(map(len, text.splitlines())) <= min(100, columns), path
+        if columns >= 100:
+            lists = re.findall(r"^(?:Commands|Runs|Images|This host|Others):\n((?:  .*\n)+)", text, re.M)
+            assert not re.search(r"\.\.\.$", "".join(lists), re.M), path  # cut off
 
 
 def test_every_option_of_a_run_stands_under_a_heading_with_its_variable(sciexec: Command) -> None:
