@@ -27,8 +27,9 @@ def main(program: str, arguments: list[str]) -> int:
     """
     debug = False
     try:
-        if arguments == ["--version"]:  # what clients call most, often in front of every other call
-            print(version(program), flush=True)
+        if arguments in (["--version"], ["version"]):  # what clients call most, often in front of every other call
+            text = version(program)
+            print(text if arguments == ["--version"] else text.rpartition(" ")[2], flush=True)
             return 0
         from sciexec import environment, options
 

@@ -223,12 +223,11 @@ def bare_version(ctx: click.Context) -> None:
 
 
 @commands.command("help")
-@click.argument("command", required=False)
+@click.argument("command", nargs=-1)
 @click.pass_context
-def help_on(ctx: click.Context, command: str | None) -> None:
+def help_on(ctx: click.Context, command: tuple[str, ...]) -> None:
     """Print the help of COMMAND."""
-    path = [command] if command else []
-    commands.main([*path, "--help"], prog_name=ctx.find_root().info_name, standalone_mode=False, obj=ctx.obj)
+    commands.main([*command, "--help"], prog_name=ctx.find_root().info_name, standalone_mode=False, obj=ctx.obj)
 
 
 @commands.group(cls=Group)

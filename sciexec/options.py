@@ -118,7 +118,7 @@ OPTIONS = (
            state=LATER),
     Option("cleanenv", "--cleanenv -e", FLAG, "leave the host's environment outside", "CLEANENV"),
     Option("env", "--env", LIST, "set variables inside", metavar="NAME=VALUE,..."),
-    Option("env_file", "--env-file", LIST, "set the variables that this file assigns, as a shell script would", "ENV_FILE", metavar="PATH"),
+    Option("env_file", "--env-file", LIST, "set the variables that files assign, as a shell script would", "ENV_FILE", metavar="PATH,..."),
     Option("no_env", "--no-env", LIST, "leave variables of the host outside", "NOENV NO_ENV", metavar="NAME,..."),
     Option("no_eval", "--no-eval", FLAG, "no shell reads arguments and variables (images made by sciexec: always)", "NO_EVAL"),
     Option("contain", "--contain -c", FLAG, "own /tmp, /var/tmp, home and a minimal /dev", "CONTAIN"),

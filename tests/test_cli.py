@@ -70,6 +70,7 @@ def test_help(sciexec: Command, words: list[str]) -> None:
 def test_help_of_a_command_shows_what_there_is_and_nothing_else(sciexec: Command) -> None:
     done = sciexec("exec", "--help")
     assert done.stdout == sciexec("help", "exec").stdout == sciexec("exec", "-e", "--help", "img").stdout
+    assert sciexec("help", "sif", "list").stdout.startswith("Usage: sciexec sif list ")
     assert "--bind" in done.stdout
     assert "SCIEXEC_BIND" in done.stdout
     assert "--nv" not in done.stdout
