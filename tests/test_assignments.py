@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from environment_fixtures import FILE_VALUES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,56 +24,18 @@ def read(path: Path, text: str, host: dict[str, str] = HOST) -> dict[str, str]:
     return dict(assignments.read([str(path)], host))
 
 
-# As Apptainer 1.4.5 has them (and every POSIX shell, but for the tilde behind a colon).
-VALUES = {
-    "": "",
-    "1": "1",
-    '"two words"': "two words",
-    "'single $HOSTVAR'": "single $HOSTVAR",
-    '"double $HOSTVAR"': "double of the host",
-    "$HOSTVAR": "of the host",
-    "${HOSTVAR}x$NOPE": "of the hostx",
-    "${NOPE:-default}${HOSTVAR:+set}": "defaultset",
-    "${NOPE-a}${NOPE=b}$NOPE": "abb",
-    '${NOPE:-"a  }b"}': "a  }b",
-    '"${NOPE:-a  b}"': "a  b",
-    "${NOPE:-${ALSO:-$HOSTVAR}}": "of the host",
-    '"a"b\'c\'': "abc",
-    "a#b # a comment": "a#b",
-    "#x": "#x",
-    "~": "/home/ann",
-    "~/x": "/home/ann/x",
-    "a:~/b": "a:~/b",
-    '"~"': "~",
-    "*": "*",
-    "a\\\nb": "ab",
-    '"a\\\nb"': "ab",
-    "a\\$b": "a$b",
-    "a\\ b": "a b",
-    '"a\\"b\\$c\\d\\\\"': 'a"b$c\\d\\',
-    '"new\nline"': "new\nline",
-    "'new\nline'": "new\nline",
-    '"a\\}" ': "a\\}",
-    '"${NOPE:-a\\}b}"': "a}b",
-    "$": "$",
-    "a=b": "a=b",
-    "x; Y=2": "x",
-    "ünï\udcff": "ünï\udcff",
-}
-
-
-@pytest.mark.parametrize("text", VALUES)
+@pytest.mark.parametrize("text", FILE_VALUES)
 def test_a_value(text: str, tmp_path: Path) -> None:
     for line in (f"X={text}", f"export X={text}\n", f"#!/bin/sh\n# comment\n\n \tX={text} \n", f"W=1 X={text}\nexport W"):
-        assert read(tmp_path / "file", line)["X"] == VALUES[text]
+        assert read(tmp_path / "file", line)["X"] == FILE_VALUES[text]
 
 
-@pytest.mark.parametrize("text", [text for text in VALUES if "~/b" not in text and "\udcff" not in text])
+@pytest.mark.parametrize("text", [text for text in FILE_VALUES if "~/b" not in text and "\udcff" not in text])
 def test_a_shell_has_the_same_value(text: str, tmp_path: Path, need: Callable[..., str]) -> None:
     (tmp_path / "file").write_text(f"X={text}\n")
     script = '. "$1"; printf %s "$X"'
     done = subprocess.run([need("dash"), "-c", script, "sh", tmp_path / "file"], env=HOST, capture_output=True, check=True)
-    assert os.fsdecode(done.stdout) == VALUES[text]
+    assert os.fsdecode(done.stdout) == FILE_VALUES[text]
 
 
 PIECES = ["a", " ", '"', "'", "\\", "$HOME", "${X:-", "}", "\n", ";", "#", "=", "~", "X=", "$NOPE", "~/", "é"]
