@@ -142,7 +142,7 @@ class File:
         else:
             start = self.position - len(name)
             words = self.text[start:].split("\n", 1)[0].split()
-            self.refuse(f"{escaped(words[0][:40] if words else name)} is a command")
+            self.refuse(f'"{escaped(words[0][:40] if words else name)}" is a command')
 
     def names(self, command: str) -> None:
         """Behind `export` assignments may follow as well, which are words of their own."""

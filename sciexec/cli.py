@@ -257,7 +257,7 @@ def alias_remove(directory: str) -> None:
 
 
 @commands.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
     """Print what completes command lines in SHELL: bash, zsh or fish."""
