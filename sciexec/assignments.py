@@ -54,6 +54,8 @@ def image(folder: str, own: Mapping[str, str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        if not name.endswith(".sh") or not os.path.isfile(f"{folder}/{name}"):
+            continue
         now = dict(found)
         try:
             File(name, content(f"{folder}/{name}"), own, now).read()

@@ -135,6 +135,8 @@ def test_what_apptainer_writes_for_an_oci_image(tmp_path: Path) -> None:
     (tmp_path / "env").mkdir()
     for name, text in env.items():
         (tmp_path / "env" / name).write_text(text)
+    (tmp_path / "env/92.txt").write_text("A=not a script\n")
+    os.mkfifo(tmp_path / "env/92.sh")
     assert assignments.image(str(tmp_path / "env"), HOST) == {"PATH": "/opt:/bin", "A": "later", "E": "", "D": 'a $x "q"'}
     assert assignments.image(str(tmp_path / "none"), HOST) == {}
 
