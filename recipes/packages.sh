@@ -30,6 +30,7 @@ test     openssl                openssl
 test     busybox-static         busybox
 test     psmisc                 psmisc
 test     strace                 strace
+test     mpich                  mpich
 test     zsh                    zsh
 test     fish                   fish
 '
