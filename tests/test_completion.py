@@ -77,10 +77,13 @@ def test_zsh(sciexec: Command, tmp_path: Path, need: Callable[..., str], keys: s
     if child == 0:
         os.execve(zsh, ["zsh", "-f", "-i"], {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "TERM": "dumb", "PS1": "> "})
 
+    ready = select.poll()  # any descriptor will do, unlike with select
+    ready.register(terminal, select.POLLIN)
+
     def until(text: str) -> str:
         seen, end = "", time.monotonic() + 60
         while text not in seen and time.monotonic() < end:
-            if select.select([terminal], [], [], 0.2)[0]:
+            if ready.poll(200):
                 seen += os.read(terminal, 4096).decode("utf-8", "replace")
         return seen
 
