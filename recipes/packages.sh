@@ -33,6 +33,8 @@ test     strace                 strace
 test     mpich                  mpich
 test     procps                 procps-ng
 test     psmisc                 psmisc
+test     zsh                    zsh
+test     fish                   fish
 '
 
 list=

@@ -67,6 +67,11 @@ def start_object(image: Image) -> bytes:
 
 def payload(options: Options, image: str, start: bytes, host: Host, home: str) -> Payload:
     """The payload of these options.  image: its absolute path.  start: its start object.  home: the directory inside."""
+    env = options.env
+    if options.env_files:
+        from sciexec import assignments
+
+        env = [*assignments.read(options.env_files, host.environment), *env]
     return environment.plan(
         options.verb.rpartition(" ")[2],
         options.argv,
@@ -76,11 +81,13 @@ def payload(options: Options, image: str, start: bytes, host: Host, home: str) -
         home=home,
         program=options.program,
         cleanenv=options.cleanenv,
+        no_env=options.no_env,
         no_eval=options.no_eval,
-        env=options.env,
+        env=env,
         binds=[bind.target for bind in options.binds],  # a path of the image's own scripts in it makes them count
         bound=options.bound if len(options.bound) < LONGEST else "",
         shell=options.shell,
+        app=options.app or "",
         instance=options.name,
     )
 
