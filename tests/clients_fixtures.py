@@ -90,8 +90,7 @@ def pulled(sciexec_path: Path, debian_layout: Path, tmp_path_factory: pytest.Tem
 def names(sciexec_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `apptainer` and `singularity`, each answering under its own name."""
     place = tmp_path_factory.mktemp("names")
-    for name in ("apptainer", "singularity"):
-        (place / name).symlink_to(sciexec_path)
+    must(sciexec_path, "alias", "install", place)
     return place
 
 
