@@ -17,6 +17,7 @@ import os
 
 from sciexec import kernel, mounts
 from sciexec.errors import HostError, SciexecError, escaped
+from sciexec.mounts import Missing
 from sciexec.sources import tell
 
 TYPE_CHECKING = False
@@ -99,13 +100,13 @@ def enter(plan: Plan) -> None:
         act = "mounting the image"
         kernel.mount("tmpfs", "/", "tmpfs", kernel.PRIVATE, "mode=755")
         os.chdir("/..")
-        root = plan.layers.mount()
+        root = plan.layers.mount(mounts.outermost(plan.mounts))
     except OSError as error:
         raise failed(act, error, "namespace" if "namespace" in act else "mount") from error
     for operation in mounts.outermost(plan.mounts):
-        attempt(operation, operation.prepare, root)
+        attempt(operation, operation.prepare, root, quiet=plan.quiet)
     for operation in plan.mounts:
-        attempt(operation, operation.execute, root)
+        attempt(operation, operation.execute, root, quiet=True)
     plan.layers.finish()
     try:
         if not root.writable:  # the image is so already; this is what was made around it
@@ -124,9 +125,14 @@ def enter(plan: Plan) -> None:
     kernel.signal_default(SIGXFSZ)
 
 
-def attempt(operation: Operation, step: Callable[[Root], None], root: Root) -> None:
+def attempt(operation: Operation, step: Callable[[Root], None], root: Root, *, quiet: bool) -> None:
     try:
         step(root)
+    except Missing:
+        if operation.asked:
+            raise
+        if not quiet:
+            tell(f"WARNING: {escaped(operation.target)} is left out: the image has no such place, and none is made where writes last")
     except OSError as error:
         if not operation.optional:
             raise failed(f"mounting ({operation.describe()})", error, "mount") from error

@@ -57,10 +57,7 @@ def isolation(options: Options, host: Host) -> Isolation:
 def user_namespace(proc: int, uid_map: str, gid_map: str) -> None:
     """A new user namespace with these maps (user_namespaces(7)); proc is a descriptor of /proc/self."""
     kernel.unshare(kernel.CLONE_NEWUSER)
-    for name, text in (("setgroups", "deny"), ("uid_map", uid_map), ("gid_map", gid_map)):
-        fd = os.open(name, os.O_WRONLY, dir_fd=proc)
-        os.write(fd, text.encode())
-        os.close(fd)
+    kernel.map_ids(proc, uid_map, gid_map)
 
 
 def has_terminal() -> bool:

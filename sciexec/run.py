@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 
-from sciexec import enter, environment, isolation, mounts, overlay, sif, sources
+from sciexec import enter, environment, isolation, mounts, sif, sources
 from sciexec import host as hosts
 from sciexec.enter import Plan
 from sciexec.errors import HostError, escaped
 from sciexec.mounts import Bind, Dev, Edit, Operation, Tmpfs
+from sciexec.overlay import Layers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ def plan(options: Options, image: Image, host: Host) -> Plan:
     for bind in options.binds:
         if not os.path.exists(bind.source):
             raise HostError(f"binding {escaped(bind.source)}: no such file or directory on the host")
-        operations.append(Bind(bind.source, bind.target, read_only=bind.read_only))
+        operations.append(Bind(bind.source, bind.target, read_only=bind.read_only, asked=True))
     if not options.contain and hosts.comes_along(host.cwd) and not any(shows(operation, host.cwd) for operation in operations):
         operations.append(Bind(host.cwd, host.cwd, optional=True, unless_visible=True))
     return Plan(
-        overlay.layers(options, sources.source(image, host, quiet=options.quiet)),
+        layers(options, image, host),
         mounts.order(operations),
         payload(options, image, host, home or "/"),
         isolation=isolation.isolation(options, host),
@@ -46,6 +47,17 @@ def plan(options: Options, image: Image, host: Host) -> Plan:
         strict=bool(options.cwd),
         quiet=options.quiet or options.contain,
     )
+
+
+def layers(options: Options, image: Image, host: Host) -> Layers:
+    """What the root is made of."""
+    partitions = image.sif.descriptors if image.sif else []
+    if options.overlays or options.writable or any(descriptor.parttype == sif.PART_OVERLAY for descriptor in partitions):
+        from sciexec import stack
+
+        return stack.layers(options, image, host)
+    source = sources.source(image, host, quiet=options.quiet, unsquash=options.unsquash)
+    return Layers(source, writable=options.writable_tmpfs, size=options.tmpfs_size)
 
 
 def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
@@ -86,7 +98,7 @@ def homes(options: Options, source: str, target: str) -> list[Operation]:
     if options.no_home or target in ("", "/"):
         return []
     if options.home:
-        return [Bind(source, target)]
+        return [Bind(source, target, asked=True)]
     return [Tmpfs(target, mode=0o700)] if options.contain else [Bind(source, target, optional=True)]
 
 

@@ -1,0 +1,435 @@
+"""Overlays of the user's own over an image, and images that are themselves written to.
+
+    root     overlay                                    the kernel's, with userxattr; fuse-overlayfs over an ext3 image
+      upper    the one overlay that is written to       --overlay PATH, --writable, or memory (--writable-tmpfs)
+      lower    the other overlays, the last given first
+               the overlay partitions of the image
+               the image
+               mount points that all of them lack       in memory, so that they are not left behind in upper
+
+An overlay is a directory, an ext2, ext3 or ext4 file system in a file, a SquashFS, or a SIF with an overlay partition.  Of the
+first two, what lies over the image is in the directory "upper" at its top, and "work" beside it is the kernel's.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+
+from sciexec import ext3, fuse, image, kernel, overlay, sif, sources
+from sciexec.errors import HostError, ImageError, SciexecError, escaped
+from sciexec.mounts import Root
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sciexec.host import Host
+    from sciexec.image import Image
+    from sciexec.mounts import Operation
+    from sciexec.options import Options
+    from sciexec.sources import Source
+
+PATIENCE, PAUSE = 50, 0.02  # how often a lock is tried again, and after how many seconds
+NOTICE = 3000  # milliseconds that the end of a server is waited for in silence
+
+
+class Over:
+    """One overlay, in the order of its calls.
+
+    Arguments:
+        path: of its file or directory.  writable: whether what the payload writes lands in it.
+    """
+
+    __slots__ = ("path", "writable")
+
+    def __init__(self, path: str, *, writable: bool) -> None:
+        self.path, self.writable = path, writable
+
+    def describe(self) -> str:
+        """One line."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """What has to be done as the caller, before anything else.  Raises HostError."""
+
+    def start(self, alive: int) -> None:
+        """What has to be done inside the user namespace that will mount; alive: a descriptor for the server of what is written to."""
+
+    def mount(self, target: str) -> str:
+        """Mount it, and say which directory of it lies over the image.  Raises OSError, SciexecError."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """What is left to do when everything is mounted."""
+
+
+class Tree(Over):
+    """A directory."""
+
+    __slots__ = ()
+
+    def describe(self) -> str:
+        return f"overlay directory {escaped(self.path)} {'writable' if self.writable else 'read-only'}"
+
+    def prepare(self) -> None:
+        for name in ("upper", "work") if self.writable else ():
+            try:
+                os.makedirs(f"{self.path}/{name}", 0o755, exist_ok=True)
+            except OSError as error:
+                raise HostError(f"making {escaped(self.path)}/{name} for --overlay: {error.strerror}") from error
+
+    def mount(self, target: str) -> str:
+        kernel.mount(self.path, target, "", kernel.MS_BIND)
+        if not self.writable:
+            fd = os.open(target, os.O_PATH)
+            kernel.make_read_only(fd, below=False)
+            os.close(fd)
+        return upper_of(target)
+
+
+class Squashed(Over):
+    """A SquashFS, in a file of its own or in a SIF.  Arguments: source: how it is mounted."""
+
+    __slots__ = ("_source",)
+
+    def __init__(self, path: str, source: Source) -> None:
+        super().__init__(path, writable=False)
+        self._source = source
+
+    def describe(self) -> str:
+        return f"overlay {self._source.describe()}"
+
+    def prepare(self) -> None:
+        self._source.prepare()
+
+    def start(self, alive: int) -> None:
+        self._source.start()
+
+    def mount(self, target: str) -> str:
+        self._source.mount(target)
+        return target
+
+    def finish(self) -> None:
+        self._source.finish()
+
+
+class Ext3(Over):
+    """An ext2, ext3 or ext4 file system, in a file of its own or in a SIF, served by fuse2fs.
+
+    Arguments: fd, offset: where it is.
+    """
+
+    __slots__ = ("_fd", "_server", "offset")
+
+    def __init__(self, path: str, fd: int, offset: int, *, writable: bool) -> None:
+        super().__init__(path, writable=writable)
+        self._fd, self.offset = fd, offset
+        system = ext3.Ext3(fd, offset, path)
+        program = sources.installed(fuse.FUSE2FS)
+        if not program or not sources.has_fuse():
+            reason = sources.CLOSED if program else f"{fuse.FUSE2FS} is not installed"
+            raise HostError(f"mounting the overlay {escaped(path)}: {reason}", "a directory can be an overlay without it")
+        mends = "" if offset else f"`e2fsck -f {escaped(path)}` mends it"
+        if system.state & ext3.ERRORS:
+            raise ImageError(f"opening the overlay {escaped(path)}: errors were found in its file system", mends)
+        if system.needs_replay and not writable:
+            raise ImageError(f"opening the overlay {escaped(path)}: its journal has to be replayed first", "a run without :ro does so")
+        self._server = fuse.Ext3Server(fd, offset, path, program, system.owner("upper") or system.root_owner(), read_only=not writable)
+
+    def describe(self) -> str:
+        place = f" offset={self.offset}" if self.offset else ""
+        return f"overlay ext3 {escaped(self.path)}{place} {'writable' if self.writable else 'read-only'}"
+
+    def prepare(self) -> None:
+        for attempt in range(PATIENCE, -1, -1):
+            try:
+                fcntl.flock(self._fd, (fcntl.LOCK_EX if self.writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if attempt:  # the server of a run that has just ended
+                    time.sleep(PAUSE)
+            except OSError:  # a file system without locks
+                return
+        act = "writing to" if self.writable else "reading"
+        raise HostError(
+            f"{act} the overlay {escaped(self.path)}: another run {'uses' if self.writable else 'writes to'} it",
+            "one may write, or several may read (:ro)",
+        )
+
+    def start(self, alive: int) -> None:
+        self._server.start(alive if self.writable else -1)
+
+    def mount(self, target: str) -> str:
+        self._server.mount(target)
+        if self.writable:
+            for name in ("upper", "work"):
+                os.makedirs(f"{target}/{name}", 0o755, exist_ok=True)
+        return upper_of(target)
+
+    def finish(self) -> None:
+        self._server.finish()
+
+
+def upper_of(target: str) -> str:
+    """The directory of a mounted overlay that lies over the image: "upper", or all of it where there is none."""
+    upper = f"{target}/upper"
+    try:
+        return upper if stat.S_ISDIR(os.lstat(upper).st_mode) else target
+    except FileNotFoundError:
+        return target
+
+
+class Stack(overlay.Layers):
+    """An image with overlays.
+
+    Arguments:
+        overs: the lowest first.  The others: as for Layers, writable meaning that memory lies over all of them.
+    """
+
+    __slots__ = ("_alive", "overs")
+
+    def __init__(self, source: Source, overs: list[Over], *, writable: bool, size: int) -> None:
+        super().__init__(source, writable=writable, size=size)
+        self.overs = overs
+        self._alive = -1
+
+    def describe(self) -> list[str]:
+        first, last = super().describe()
+        return [first, *(over.describe() for over in self.overs), *([] if self.upper else [last])]
+
+    @property
+    def upper(self) -> Over | None:
+        """The overlay that is written to."""
+        return self.overs[-1] if self.overs and self.overs[-1].writable else None
+
+    def prepare(self) -> None:
+        super().prepare()
+        for over in self.overs:
+            over.prepare()
+        if isinstance(self.upper, Ext3):
+            self._alive = stay_behind(self.upper.path)
+
+    def start(self) -> None:
+        super().start()
+        for over in self.overs:
+            over.start(self._alive)
+        if self._alive >= 0:
+            os.close(self._alive)
+
+    def mount(self, operations: list[Operation]) -> Root:
+        os.mkdir("image")
+        self.source.mount("image")
+        lower = ["image"]
+        for number, over in enumerate(self.overs):
+            os.mkdir(f"over{number}")
+            try:
+                lower.insert(0, over.mount(f"over{number}"))
+            except OSError as error:
+                raise HostError(f"mounting the overlay {escaped(over.path)}: {error.strerror}") from error
+        if self.upper:
+            return self._write_to(self.upper, lower, operations)
+        try:
+            if self.writable:
+                place = overlay.memory(self.size)
+                overlay.overlay("root", lower, f"{place}/upper", f"{place}/work")
+            else:
+                overlay.overlay("root", lower)
+        except OSError as error:
+            raise HostError(f"mounting {self._named()} over the image: {error.strerror}", overlay.OLD) from error
+        return Root("root", writable=self.writable)
+
+    def _write_to(self, upper: Over, lower: list[str], operations: list[Operation]) -> Root:
+        """The root, with `upper`, the first of `lower`, to be written to.
+
+        Mount points are made in a stack of which memory is the uppermost, and then laid below the image.
+        """
+        try:
+            place = overlay.memory(0)
+            overlay.overlay("probe", lower, f"{place}/upper", f"{place}/work")
+            probe = Root("probe", writable=True)
+            for operation in operations:
+                try:
+                    operation.prepare(probe)
+                except (OSError, SciexecError):  # said once, when it is done in earnest
+                    pass
+            os.close(probe.fd)
+            kernel.umount2("probe", 0)
+        except OSError as error:
+            raise HostError(f"mounting {self._named()} over the image: {error.strerror}", overlay.OLD) from error
+        first, *others = lower
+        work = f"{first.rpartition('/')[0]}/work"
+        layers = [*others, f"{place}/upper"]
+        try:
+            if isinstance(upper, Ext3):
+                fuse.union("root", layers, first, work)
+            else:
+                overlay.overlay("root", layers, first, work)
+        except OSError as error:
+            cause = "its file system cannot be the upper one of an overlay" if error.errno == errno.EINVAL else error.strerror
+            raise HostError(f"writing to the overlay {escaped(upper.path)}: {cause}", "an ext3 image can: `sciexec overlay create`") from error
+        return Root("root", writable=True, fixed=True)
+
+    def _named(self) -> str:
+        return ", ".join(escaped(over.path) for over in self.overs)
+
+    def finish(self) -> None:
+        super().finish()
+        for over in self.overs:
+            over.finish()
+
+
+class Written(overlay.Layers):
+    """A directory that is itself written to (--writable): nothing is made in it but by the payload."""
+
+    __slots__ = ()
+
+    def describe(self) -> list[str]:
+        return [self.source.describe()]
+
+    def mount(self, operations: list[Operation]) -> Root:
+        os.mkdir("image")
+        self.source.mount("image")
+        return Root("image", writable=True, fixed=True)
+
+
+def layers(options: Options, run: Image, host: Host) -> overlay.Layers:
+    """The layers that these options ask for.  Raises ImageError, HostError."""
+    memory = options.writable_tmpfs
+    if options.writable:
+        if options.overlays:
+            raise ImageError("--writable and --overlay: one of them can be written to, not both", "--overlay alone is enough")
+        if memory and not options.quiet:
+            sources.tell("WARNING: --writable-tmpfs is left out, as --writable writes to the image itself")
+        memory = False
+        if run.kind == "directory":
+            return Written(sources.Directory(run.path, writable=True))
+    overs = partitions(run, writable=options.writable)
+    if options.writable and not (overs and overs[-1].writable):
+        raise ImageError(
+            f"--writable: {escaped(run.path)} cannot be written to: it has no ext3 overlay partition inside",
+            f"`sciexec overlay create {escaped(run.path)}` adds one to a SIF; --writable-tmpfs forgets what is written",
+        )
+    for path, read_only in options.overlays:
+        overs += opened(path, host, read_only=read_only, quiet=options.quiet)
+    writable = [over for over in overs if over.writable]
+    if len(writable) > 1:
+        first, second = (escaped(over.path) for over in writable[:2])
+        raise ImageError(f"--overlay: {first} and {second}: only one can be written to", f"the other as {second}:ro")
+    if writable and memory:
+        raise ImageError(
+            f"--writable-tmpfs and --overlay {escaped(writable[0].path)}: only one can be written to",
+            f"the other as {escaped(writable[0].path)}:ro",
+        )
+    overs = [over for over in overs if not over.writable] + writable
+    source = sources.source(run, host, quiet=options.quiet, unsquash=options.unsquash)
+    return Stack(source, overs, writable=memory, size=options.tmpfs_size)
+
+
+def partitions(run: Image, *, writable: bool) -> list[Over]:
+    """The overlay partitions of a SIF, the lowest first; with `writable` the last of ext3 is written to."""
+    found = [descriptor for descriptor in run.sif.descriptors if descriptor.parttype == sif.PART_OVERLAY] if run.sif else []
+    last = max((descriptor.id for descriptor in found if descriptor.fs == sif.FS_EXT3), default=0) if writable else 0
+    # opened once more: the image's own server, which ends a moment later, must not hold the lock
+    fd = os.open(kernel.magic(run.fd), os.O_RDONLY) if found else -1
+    overs: list[Over] = []
+    for descriptor in found:
+        if descriptor.fs == sif.FS_EXT3:
+            overs.append(Ext3(run.path, fd, descriptor.offset, writable=descriptor.id == last))
+        elif descriptor.fs == sif.FS_SQUASHFS:
+            overs.append(Squashed(run.path, squash(run.path, run.fd, descriptor.offset)))
+        else:
+            raise ImageError(f"opening {escaped(run.path)}: its overlay partition {descriptor.id} is neither ext3 nor SquashFS")
+    return [over for over in overs if not over.writable] + [over for over in overs if over.writable]
+
+
+def opened(path: str, host: Host, *, read_only: bool, quiet: bool) -> list[Over]:
+    """The overlays in a file or directory, by its content: one, or as many as a SIF has partitions for it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        status = os.fstat(fd)
+        head = os.pread(fd, image.HEAD, 0) if stat.S_ISREG(status.st_mode) else b""
+    except OSError as error:
+        raise HostError(f"opening the overlay {escaped(path)}: {error.strerror}") from error
+    writable = not read_only and os.access(path, os.W_OK)
+    is_ext3 = head[ext3.MAGIC_OFFSET : ext3.MAGIC_OFFSET + 2] == ext3.MAGIC
+    if not read_only and not writable and (is_ext3 or stat.S_ISDIR(status.st_mode)) and not quiet:
+        sources.tell(f"WARNING: the overlay {escaped(path)} cannot be written to and is read only")
+    if stat.S_ISDIR(status.st_mode):
+        os.close(fd)
+        return [Tree(path, writable=writable)]
+    if sif.is_sif(head):
+        found = partitions(image.Image(path, "sif", fd, parsed=sif.read(fd, path)), writable=writable)
+        if not found:
+            raise ImageError(f"opening the overlay {escaped(path)}: the SIF has no overlay partition", "`sciexec overlay create` adds one")
+        return found
+    if is_ext3:
+        return [Ext3(path, fd, 0, writable=writable)]
+    if head.startswith(image.SQUASHFS_MAGIC):
+        return [Squashed(path, sources.source(image.open_image(path), host, quiet=quiet))]
+    raise ImageError(f"opening the overlay {escaped(path)}: neither a directory nor ext3, SquashFS or SIF")
+
+
+def squash(path: str, fd: int, offset: int) -> Source:
+    program = sources.installed(sources.SERVER)
+    if not program or not sources.has_fuse():
+        raise HostError(f"mounting the overlay partition of {escaped(path)}: {sources.SERVER} and /dev/fuse are needed")
+    return sources.Squash(fd, offset, path, program)
+
+
+def stay_behind(path: str) -> int:
+    """Fork.  The child goes on with the run; the parent waits for it and then for the server of `path`, and ends as the child did.
+
+    So what a run wrote is there when the next one starts.  Gives back, in the child, the descriptor that the server keeps open.
+    """
+    import signal
+
+    parent = os.getpid()
+    # signals are taken one by one from here on: from the terminal the payload gets them itself
+    passed_on = signal.valid_signals() - {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    ended, alive = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ended)
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(255)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return alive
+    os.close(alive)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    status = 0
+    while True:
+        info = signal.sigwaitinfo(passed_on)
+        if info.si_signo == signal.SIGCHLD:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+        elif info.si_code <= 0:  # sent by a process
+            os.kill(child, info.si_signo)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    await_end(ended, path)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the payload's is enough
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
+        os.kill(parent, -code)
+    os._exit(code)
+
+
+def await_end(ended: int, path: str) -> None:
+    """Wait until nobody holds the other end of the pipe any more."""
+    import select
+
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    if not poll.poll(NOTICE):
+        sources.tell(f"INFO: waiting for the last process that uses {escaped(path)}")
+        poll.poll()
