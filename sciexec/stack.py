@@ -268,7 +268,8 @@ class Stack(overlay.Layers):
                 overlay.overlay("root", layers, first, work)
         except OSError as error:
             cause = "its file system cannot be the upper one of an overlay" if error.errno == errno.EINVAL else error.strerror
-            raise HostError(f"writing to the overlay {escaped(upper.path)}: {cause}", "an ext3 image can: `sciexec overlay create`") from error
+            hint = "an ext3 image can: `sciexec overlay create`"
+            raise HostError(f"writing to the overlay {escaped(upper.path)}: {cause}", hint) from error
         return Root("root", writable=True, fixed=True)
 
     def _named(self) -> str:
