@@ -38,6 +38,7 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LIBRARIES = "/.singularity.d/libs"  # where host libraries are bound
 SCRIPTS = "/.singularity.d/env"
 TEST = "/.singularity.d/test"
+STARTSCRIPT = "/.singularity.d/startscript"
 RUNSCRIPTS = ("/.singularity.d/runscript", "/singularity")  # the second: images of Singularity 2
 
 # What passes with --cleanenv; everything else of the host stays outside.
@@ -50,7 +51,7 @@ PREFIXES = ("SCIEXEC", "APPTAINER", "SINGULARITY")  # strongest first
 USER_PREFIXES = tuple(f"{prefix}ENV_" for prefix in reversed(PREFIXES))
 OUR_PREFIXES = (*USER_PREFIXES, *(f"{prefix}_" for prefix in PREFIXES))
 RUNTIMES_OWN = frozenset(
-    ["HOME", *(f"{p}_{key}" for p in PREFIXES for key in ("CONTAINER", "NAME", "BIND", "ENVIRONMENT", "COMMAND", "SHELL", "APPNAME"))]
+    ["HOME", *(f"{p}_{key}" for p in PREFIXES for key in "CONTAINER NAME BIND ENVIRONMENT COMMAND SHELL APPNAME INSTANCE".split())]
 )
 PYTHONS_LOCALES = ("C.UTF-8", "C.utf8", "UTF-8")
 
@@ -350,6 +351,8 @@ class Payload:
                 if is_program(script):
                     return [script, *self.argv]
             return self.argv or ["/bin/sh"]
+        if self.verb == "start":
+            return [STARTSCRIPT, *self.argv] if is_program(STARTSCRIPT) else []
         if self.verb == "test":
             if not is_program(TEST):
                 raise ImageError("the image has no test", "a %test section of its definition file makes one")
@@ -393,6 +396,7 @@ def plan(
     binds: Sequence[str] = (),
     bound: str = "",
     shell: str | None = None,
+    instance: str = "",
 ) -> Payload:
     """The payload, decided without looking at anything but the arguments.
 
@@ -405,7 +409,7 @@ def plan(
         env: (name, value) of every --env, in order.
         binds: destinations of the binds: one over /.singularity.d means that the user wants those scripts.
         bound: the binds as the user wrote them, told to the payload.
-        shell: the value of --shell.
+        shell: the value of --shell.  instance: the name of the instance that the payload runs in, or "".
     """
     known = name(program)
     wishes = Wishes(host, env)
@@ -417,6 +421,8 @@ def plan(
             own[f"{prefix}_BIND"] = bound
             own[f"{prefix}_ENVIRONMENT"] = f"{SCRIPTS}/91-environment.sh"
             own[f"{prefix}_COMMAND"] = verb
+            if instance:
+                own[f"{prefix}_INSTANCE"] = instance
             if no_eval:
                 own[f"{prefix}_NO_EVAL"] = "1"
     defaults = {

@@ -84,7 +84,7 @@ class Ext3Server:
         os._exit(0)
 
     def _serve(self, alive: int) -> None:
-        kept = sources.bare(self._fd, self._log, *([alive] if alive >= 0 else []))
+        kept = sources.bare(self._fd, self._log, alive)
         for number in (1, 2):
             os.dup2(kept[1], number)
         for fd in (kept[0], *kept[2:]):

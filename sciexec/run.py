@@ -13,7 +13,7 @@ from sciexec import enter, environment, isolation, mounts, sif, sources
 from sciexec import host as hosts
 from sciexec.enter import Plan
 from sciexec.errors import HostError, escaped
-from sciexec.mounts import Bind, Dev, Edit, Operation, Tmpfs
+from sciexec.mounts import Bind, Dev, Edit, Operation, Proc, Tmpfs
 from sciexec.overlay import Layers
 
 TYPE_CHECKING = False
@@ -41,7 +41,7 @@ def plan(options: Options, image: Image, host: Host) -> Plan:
     return Plan(
         layers(options, image, host),
         mounts.order(operations),
-        payload(options, image, host, home or "/"),
+        payload(options, image.path, start_object(image), host, home or "/"),
         isolation=isolation.isolation(options, host),
         cwd=[options.cwd] if options.cwd else [*([] if options.contain else [host.cwd]), home or "/", "/"],
         strict=bool(options.cwd),
@@ -60,17 +60,20 @@ def layers(options: Options, image: Image, host: Host) -> Layers:
     return Layers(source, writable=options.writable_tmpfs, size=options.tmpfs_size)
 
 
-def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
+def start_object(image: Image) -> bytes:
+    """The SIF object that says how the image wants to be started; b"" where it has none."""
     descriptor = image.sif.find(START) if image.sif else None
-    start = None
-    if image.sif and descriptor:
-        start = environment.load(sif.read_object(image.fd, image.sif, descriptor, environment.LARGEST_START), image.path)
+    return sif.read_object(image.fd, image.sif, descriptor, environment.LARGEST_START) if image.sif and descriptor else b""
+
+
+def payload(options: Options, image: str, start: bytes, host: Host, home: str) -> Payload:
+    """The payload of these options.  image: its absolute path.  start: its start object.  home: the directory inside."""
     return environment.plan(
-        options.verb,
+        options.verb.rpartition(" ")[2],
         options.argv,
         host=host.environment,
-        start=start,
-        image=image.path,
+        start=environment.load(start, image) if start else None,
+        image=image,
         home=home,
         program=options.program,
         cleanenv=options.cleanenv,
@@ -79,12 +82,13 @@ def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
         binds=[bind.target for bind in options.binds],
         bound=options.bound,
         shell=options.shell,
+        instance=options.name,
     )
 
 
 def defaults(options: Options, host: Host, home: str) -> list[Operation]:
     """What every container has of its host."""
-    listed: list[Operation] = [Bind("/proc", "/proc"), Bind("/sys", "/sys")]
+    listed: list[Operation] = [Proc("/proc") if options.pid else Bind("/proc", "/proc"), Bind("/sys", "/sys")]
     listed.append(Dev(console=console()) if options.contain else Bind("/dev", "/dev"))
     listed += [Bind(path, path, optional=True) for path in ("/etc/hosts", "/etc/localtime", "/etc/resolv.conf")]
     listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home), f"with uid {host.uid}"))

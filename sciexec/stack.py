@@ -16,19 +16,24 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import stat
 import time
 
-from sciexec import ext3, fuse, image, kernel, overlay, sif, sources
+from sciexec import ext3, fuse, image, kernel, overlay, sif, sinit, sources
 from sciexec.errors import HostError, ImageError, SciexecError, escaped
 from sciexec.mounts import Root
+from sciexec.options import STARTS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from sciexec.host import Host
     from sciexec.image import Image
     from sciexec.mounts import Operation
     from sciexec.options import Options
+    from sciexec.sinit import Link
     from sciexec.sources import Source
 
 PATIENCE, PAUSE = 50, 0.02  # how often a lock is tried again, and after how many seconds
@@ -186,14 +191,16 @@ class Stack(overlay.Layers):
 
     Arguments:
         overs: the lowest first.  The others: as for Layers, writable meaning that memory lies over all of them.
+        attended: whether the end of the run is the end of the command, which then waits for the server of an image file.
     """
 
-    __slots__ = ("_alive", "overs")
+    __slots__ = ("_alive", "_link", "attended", "overs")
 
-    def __init__(self, source: Source, overs: list[Over], *, writable: bool, size: int) -> None:
+    def __init__(self, source: Source, overs: list[Over], *, writable: bool, size: int, attended: bool) -> None:
         super().__init__(source, writable=writable, size=size)
-        self.overs = overs
+        self.overs, self.attended = overs, attended
         self._alive = -1
+        self._link: Link | None = None
 
     def describe(self) -> list[str]:
         first, last = super().describe()
@@ -208,8 +215,11 @@ class Stack(overlay.Layers):
         super().prepare()
         for over in self.overs:
             over.prepare()
-        if isinstance(self.upper, Ext3):
-            self._alive = stay_behind(self.upper.path)
+        if isinstance(self.upper, Ext3) and self.attended:
+            path = self.upper.path
+            ended, self._alive = sinit.pipe()
+            self._link = sinit.leave(init=False, supervisor=lambda *ids: Attendant(*ids, ended=ended, path=path))
+            os.close(ended)
 
     def start(self) -> None:
         super().start()
@@ -279,6 +289,8 @@ class Stack(overlay.Layers):
         super().finish()
         for over in self.overs:
             over.finish()
+        if self._link:
+            sinit.start(self._link, init=False)
 
 
 class Written(overlay.Layers):
@@ -306,7 +318,7 @@ def layers(options: Options, run: Image, host: Host) -> overlay.Layers:
         memory = False
         if run.kind == "directory":
             return Written(sources.Directory(run.path, writable=True))
-    overs = partitions(run, writable=options.writable)
+    overs = partitions(run, host, writable=options.writable, quiet=options.quiet)
     if options.writable and not (overs and overs[-1].writable):
         raise ImageError(
             f"--writable: {escaped(run.path)} cannot be written to: it has no ext3 overlay partition inside",
@@ -325,10 +337,10 @@ def layers(options: Options, run: Image, host: Host) -> overlay.Layers:
         )
     overs = [over for over in overs if not over.writable] + writable
     source = sources.source(run, host, quiet=options.quiet, unsquash=options.unsquash)
-    return Stack(source, overs, writable=memory, size=options.tmpfs_size)
+    return Stack(source, overs, writable=memory, size=options.tmpfs_size, attended=options.verb not in STARTS)
 
 
-def partitions(run: Image, *, writable: bool) -> list[Over]:
+def partitions(run: Image, host: Host, *, writable: bool, quiet: bool) -> list[Over]:
     """The overlay partitions of a SIF, the lowest first; with `writable` the last of ext3 is written to."""
     found = [descriptor for descriptor in run.sif.descriptors if descriptor.parttype == sif.PART_OVERLAY] if run.sif else []
     last = max((descriptor.id for descriptor in found if descriptor.fs == sif.FS_EXT3), default=0) if writable else 0
@@ -339,7 +351,8 @@ def partitions(run: Image, *, writable: bool) -> list[Over]:
         if descriptor.fs == sif.FS_EXT3:
             overs.append(Ext3(run.path, fd, descriptor.offset, writable=descriptor.id == last))
         elif descriptor.fs == sif.FS_SQUASHFS:
-            overs.append(Squashed(run.path, squash(run.path, run.fd, descriptor.offset)))
+            found_image = image.Image(run.path, "sif", fd, descriptor.offset, descriptor.size, run.sif)
+            overs.append(Squashed(run.path, sources.source(found_image, host, quiet=quiet)))
         else:
             raise ImageError(f"opening {escaped(run.path)}: its overlay partition {descriptor.id} is neither ext3 nor SquashFS")
     return [over for over in overs if not over.writable] + [over for over in overs if over.writable]
@@ -361,7 +374,7 @@ def opened(path: str, host: Host, *, read_only: bool, quiet: bool) -> list[Over]
         os.close(fd)
         return [Tree(path, writable=writable)]
     if sif.is_sif(head):
-        found = partitions(image.Image(path, "sif", fd, parsed=sif.read(fd, path)), writable=writable)
+        found = partitions(image.Image(path, "sif", fd, parsed=sif.read(fd, path)), host, writable=writable, quiet=quiet)
         if not found:
             raise ImageError(f"opening the overlay {escaped(path)}: the SIF has no overlay partition", "`sciexec overlay create` adds one")
         return found
@@ -372,65 +385,29 @@ def opened(path: str, host: Host, *, read_only: bool, quiet: bool) -> list[Over]
     raise ImageError(f"opening the overlay {escaped(path)}: neither a directory nor ext3, SquashFS or SIF")
 
 
-def squash(path: str, fd: int, offset: int) -> Source:
-    program = sources.installed(sources.SERVER)
-    if not program or not sources.has_fuse():
-        raise HostError(f"mounting the overlay partition of {escaped(path)}: {sources.SERVER} and /dev/fuse are needed")
-    return sources.Squash(fd, offset, path, program)
+class Attendant(sinit.Supervisor):
+    """Stays behind where a run writes to an image file: waits for the payload, then for the file's server, and ends as the payload did.
 
+    So what a run wrote is there when the next one starts.
 
-def stay_behind(path: str) -> int:
-    """Fork.  The child goes on with the run; the parent waits for it and then for the server of `path`, and ends as the child did.
-
-    So what a run wrote is there when the next one starts.  Gives back, in the child, the descriptor that the server keeps open.
+    Arguments: ended: read end of a pipe whose other end the server keeps open.  path: of the file.
     """
-    import signal
 
-    parent = os.getpid()
-    # signals are taken one by one from here on: from the terminal the payload gets them itself
-    passed_on = signal.valid_signals() - {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
-    ended, alive = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(ended)
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(255)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return alive
-    os.close(alive)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    status = 0
-    while True:
-        info = signal.sigwaitinfo(passed_on)
-        if info.si_signo == signal.SIGCHLD:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                break
-        elif info.si_code <= 0:  # sent by a process
-            os.kill(child, info.si_signo)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    await_end(ended, path)
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        import resource
+    __slots__ = ("ended", "path")
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the payload's is enough
-        if -code not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(-code, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
-        os.kill(parent, -code)
-    os._exit(code)
+    def __init__(self, child: int, tell: int, reported: int, *, ended: int, path: str) -> None:
+        super().__init__(child, tell, reported, init=False)
+        self.ended, self.path = ended, path
 
+    def kept(self) -> list[int]:
+        return [*super().kept(), *range(3), self.ended]
 
-def await_end(ended: int, path: str) -> None:
-    """Wait until nobody holds the other end of the pipe any more."""
-    import select
-
-    poll = select.poll()
-    poll.register(ended, select.POLLIN)
-    if not poll.poll(NOTICE):
-        sources.tell(f"INFO: waiting for the last process that uses {escaped(path)}")
-        poll.poll()
+    def end(self, status: int) -> NoReturn:
+        kernel.signal_default(sinit.SIGINT)
+        kernel.sigprocmask(kernel.SIG_SETMASK, bytes(len(kernel.ALL_SIGNALS)))  # who does not want to wait may end us
+        poll = select.poll()
+        poll.register(self.ended, select.POLLIN)
+        if not poll.poll(NOTICE):
+            sources.tell(f"INFO: waiting for the last process that uses {escaped(self.path)}")
+            poll.poll()
+        super().end(status)

@@ -20,7 +20,8 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 # Ground floor first.
 SCIEXEC = """
     __init__ errors kernel squashfs ext3 sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options environment host sources
-    fuse mounts overlay stack sinit isolation limits gpu mpi share relay enter data run instance inspect blank doctor switch cli __main__
+    fuse mounts overlay sinit stack isolation limits gpu mpi share relay enter data run instance stats launch join inspect blank doctor
+    switch cli __main__
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci
@@ -34,8 +35,8 @@ FLOORS += ["sciexec.cli", "sciexec.__main__"]
 HOT = """
     __init__ __main__ errors kernel squashfs sif image sources spelling options environment host mounts overlay isolation enter run
 """.split()
-HOT_LIBRARY = {"__future__", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal", "socket",
-               "_socket", "posix", "fcntl", "pwd", "grp", "resource", "select"}
+HOT_LIBRARY = {"__future__", "gc", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal",
+               "socket", "_socket", "posix", "fcntl", "pwd", "grp", "resource", "select"}
 
 
 def rooms(package: str) -> list[Path]:

@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     compiled = [name for name in names if name.startswith("sciexec/_pysquashfs.") and name.endswith(".so")]
     (script,) = (name for name in names if ".data/scripts/" in name)
     assert len(compiled) == 1
-    assert set(names) == expected | {compiled[0], script}
+    assert set(names) == expected | {compiled[0], script, "sciexec/sciexec-fuse"}
     assert script.endswith("/sciexec")
 
 

@@ -91,11 +91,14 @@ def test_whatever_is_not_plain_is_left_to_click(line: str) -> None:
     assert options.parse("sciexec", line.split(), {}) is None
 
 
+WRITTEN = {"tmpfs_size": "1m", "fusemount": "host:sshfs there: /x"}  # slots whose values have a form
+
+
 @pytest.mark.parametrize("verb", ACTIONS)
 def test_every_option_is_known_or_refused_by_its_name(verb: str) -> None:
     for row in options.rows(verb):
         for name in row.names:
-            words = [verb, name, *([] if row.kind == FLAG else ["/x=y"]), "i", "c"]
+            words = [verb, name, *([] if row.kind == FLAG else [WRITTEN.get(row.slot, "/x=y")]), "i", "c"]
             found = options.parse("sciexec", words, {})
             assert (found is None) == (row.state in (LATER, NEVER)), words
             if found is None and verb in cli.commands.commands:
@@ -130,9 +133,10 @@ GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fuse
 
 def spellings(row: Option) -> st.SearchStrategy[list[str]]:
     """Ways to write an option that both readers take."""
-    values = {"bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"], "home": ["/h", "/h:/i"], "env": ["A=1", "A=1,B=2"]}.get(
-        row.slot, ["/v", "-v", "a b"]
-    )
+    values = {
+        "bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"], "home": ["/h", "/h:/i"], "env": ["A=1", "A=1,B=2"], "overlay": ["/a", "/a:ro,b"],
+        "tmpfs_size": ["1m", "4096"], "fusemount": ["host:a b /c"],
+    }.get(row.slot, ["/v", "-v", "a b"])  # fmt: skip
     ways = []
     for name in row.names:
         if row.kind == FLAG:
