@@ -112,9 +112,10 @@ class Ext3Server:
         reap(self._starter)
 
 
-def union(target: str, lower: list[str], upper: str, work: str) -> None:
+def union(target: str, lower: list[str], upper: str = "", work: str = "") -> None:
     """Mount fuse-overlayfs, where the kernel's overlay will not write.  Of a FUSE file system as the upper one it demands that it
-    tells the kinds of directory entries and renames with RENAME_WHITEOUT, and fuse2fs does neither or one of them.
+    tells the kinds of directory entries and renames with RENAME_WHITEOUT, and fuse2fs does neither or one of them.  So what is
+    removed leaves a file .wh.NAME behind, and where there are such files, the same server has to read them.
 
     The server sees our layers in a mount namespace of its own, under PLACE, but not what it serves: so it ends when the payload
     does, and the servers of its layers after it.
@@ -141,7 +142,8 @@ def union(target: str, lower: list[str], upper: str, work: str) -> None:
                 kernel.capset_only("dac_override", "fowner")  # in directories that their owner has closed
                 os.write(set_ready, b".")
                 layers = ":".join(f"{PLACE}/{path}" for path in lower)
-                options = f"lowerdir={layers},upperdir={PLACE}/{upper},workdir={PLACE}/{work},noacl"
+                options = f"lowerdir={layers},noacl,writeback=0"  # a full image is an error of write(2), and not of close(2)
+                options += f",upperdir={PLACE}/{upper},workdir={PLACE}/{work}" if upper else ""
                 if os.read(wait, 1):
                     os.execve(program, [UNION, "-f", "-o", options, f"/dev/fd/{device}"], {})
         finally:
@@ -151,7 +153,7 @@ def union(target: str, lower: list[str], upper: str, work: str) -> None:
     if not os.read(ready, 1):
         raise HostError(f"mounting a writable overlay: {UNION} could not be started")
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-    kernel.mount(UNION, target, "fuse", kernel.PRIVATE, options)
+    kernel.mount(UNION, target, "fuse", kernel.PRIVATE | (0 if upper else kernel.MS_RDONLY), options)
     os.write(go, b".")
     for fd in (device, ready, go):
         os.close(fd)

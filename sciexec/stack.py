@@ -126,7 +126,7 @@ class Ext3(Over):
     Arguments: fd, offset: where it is.
     """
 
-    __slots__ = ("_fd", "_server", "offset")
+    __slots__ = ("_fd", "_server", "has_whiteouts", "offset")
 
     def __init__(self, path: str, fd: int, offset: int, *, writable: bool) -> None:
         super().__init__(path, writable=writable)
@@ -141,6 +141,7 @@ class Ext3(Over):
             raise ImageError(f"opening the overlay {escaped(path)}: errors were found in its file system", mends)
         if system.needs_replay and not writable:
             raise ImageError(f"opening the overlay {escaped(path)}: its journal has to be replayed first", "a run without :ro does so")
+        self.has_whiteouts = not writable and system.has_whiteouts()
         self._server = fuse.Ext3Server(fd, offset, path, program, system.owner("upper") or system.root_owner(), read_only=not writable)
 
     def describe(self) -> str:
@@ -236,16 +237,15 @@ class Stack(overlay.Layers):
             os.mkdir(f"over{number}")
             try:
                 lower.insert(0, over.mount(f"over{number}"))
+                os.stat(lower[0])  # until it is asked for, the root of a FUSE file system has no mode, and the overlay would keep that
             except OSError as error:
                 raise HostError(f"mounting the overlay {escaped(over.path)}: {error.strerror}") from error
         if self.upper:
             return self._write_to(self.upper, lower, operations)
+        union = any(isinstance(over, Ext3) and over.has_whiteouts for over in self.overs)
         try:
-            if self.writable:
-                place = overlay.memory(self.size)
-                overlay.overlay("root", lower, f"{place}/upper", f"{place}/work")
-            else:
-                overlay.overlay("root", lower)
+            place = overlay.memory(self.size) if self.writable else ""
+            (fuse.union if union else overlay.overlay)("root", lower, place and f"{place}/upper", place and f"{place}/work")
         except OSError as error:
             raise HostError(f"mounting {self._named()} over the image: {error.strerror}", overlay.OLD) from error
         return Root("root", writable=self.writable)
@@ -272,10 +272,8 @@ class Stack(overlay.Layers):
         work = f"{first.rpartition('/')[0]}/work"
         layers = [*others, f"{place}/upper"]
         try:
-            if isinstance(upper, Ext3):
-                fuse.union("root", layers, first, work)
-            else:
-                overlay.overlay("root", layers, first, work)
+            union = isinstance(upper, Ext3) or any(isinstance(over, Ext3) and over.has_whiteouts for over in self.overs)
+            (fuse.union if union else overlay.overlay)("root", layers, first, work)
         except OSError as error:
             cause = "its file system cannot be the upper one of an overlay" if error.errno == errno.EINVAL else error.strerror
             hint = "an ext3 image can: `sciexec overlay create`"
