@@ -85,6 +85,8 @@ def enter(plan: Plan) -> None:
     Raises HostError or ImageError; the process is of no use then but to say so.
     """
     plan.layers.prepare()
+    for operation in plan.mounts:
+        operation.begin()
     try:
         act = "making a user namespace"
         plan.isolation.enter_outer()
@@ -110,11 +112,7 @@ def enter(plan: Plan) -> None:
     try:
         if not root.writable:  # the image is so already; this is what was made around it
             kernel.mount("", ".", "", kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.PRIVATE)
-        os.chdir(kernel.magic(root.fd))
-        kernel.pivot_root(".", ".")  # the old root now lies on top of the new one, and our tmpfs on top of that
-        kernel.umount2(".", kernel.MNT_DETACH)
-        kernel.umount2(".", kernel.MNT_DETACH)
-        os.chdir("/")
+        root.become()
         plan.isolation.enter_inner()
     except OSError as error:
         raise failed("entering the container", error, "namespace") from error

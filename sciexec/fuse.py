@@ -18,6 +18,7 @@ only mount is ours: when the payload's last process ends, the kernel drops it, a
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import struct
 import time
@@ -160,6 +161,29 @@ def union(target: str, lower: list[str], upper: str = "", work: str = "") -> Non
     reap(starter)
 
 
+def mounted(uid: int, gid: int) -> tuple[int, int]:
+    """A FUSE file system in which the caller, who is 0 here, is uid and gid: (its mount, attached nowhere; its device).  Raises OSError."""
+    ours, theirs = _socket.socketpair()
+    maker = os.fork()
+    if maker == 0:
+        try:
+            own_namespaces(f"{uid} 0 1", f"{gid} 0 1")
+            device = os.open("/dev/fuse", os.O_RDWR)
+            kernel.mount("fuse", PLACE, "fuse", kernel.PRIVATE, f"fd={device},rootmode=40000,user_id={uid},group_id={gid}")
+            tree = kernel.open_tree(PLACE)
+            kernel.umount2(PLACE, kernel.MNT_DETACH)
+            send(theirs, tree, device)
+        finally:
+            os._exit(0)
+    theirs.close()
+    fds = receive(ours, 2)
+    ours.close()
+    reap(maker)
+    if not fds:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), "/dev/fuse")
+    return fds[0], fds[1]
+
+
 def own_namespaces(uid_map: str, gid_map: str) -> None:
     """A user namespace with these maps, and a mount namespace where PLACE is an empty directory.  Raises OSError."""
     proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
@@ -187,11 +211,12 @@ def has_ended(child: int) -> bool:
         return True
 
 
-def reap(child: int) -> None:
+def reap(child: int) -> int:
+    """Wait for a child; its status, 0 where our caller ignores SIGCHLD."""
     try:
-        os.waitpid(child, 0)
+        return os.waitpid(child, 0)[1]
     except ChildProcessError:
-        pass
+        return 0
 
 
 def is_old(program: str) -> bool:

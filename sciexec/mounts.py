@@ -100,6 +100,14 @@ class Root:
         status = os.fstat(fd)
         return (status.st_dev, status.st_ino) in self._used
 
+    def become(self) -> None:
+        """Make it the root of this mount namespace, of which nothing else is left then, and stand in it.  Raises OSError."""
+        os.chdir(self.path)  # and not self.fd, which in a copy of the namespace is still of the first one
+        kernel.pivot_root(".", ".")  # the old root now lies on top of the new one, and our tmpfs on top of that
+        kernel.umount2(".", kernel.MNT_DETACH)
+        kernel.umount2(".", kernel.MNT_DETACH)
+        os.chdir("/")
+
     def _walk(self, path: str, directory: bool | None) -> int:
         """Resolve by hand: as openat2 with RESOLVE_IN_ROOT, with `directory` not None making what is missing."""
         names = path.split("/")[::-1]
@@ -240,6 +248,9 @@ class Operation:
     def describe(self) -> str:
         """One line: what, from where, to where."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """What has to be done as the caller, before anything else."""
 
     def start(self) -> None:
         """What has to be done inside the user namespace that mounts, and in front of its mount namespace.  Raises OSError."""

@@ -148,7 +148,7 @@ OPTIONS = (
            state=LATER),
     Option("no_umask", "--no-umask", FLAG, "umask 0022 instead of the caller's", "NO_UMASK", state=LATER),
     Option("fusemount", "--fusemount", LIST, "mount what a FUSE program of the image or the host serves", "FUSESPEC",
-           metavar="container|host[-daemon]:COMMAND PATH", state=LATER),
+           metavar="container|host[-daemon]:COMMAND PATH"),
     *LIMITS,
     Option("apply_cgroups", "--apply-cgroups", VALUE, "limits from a TOML file", "APPLY_CGROUPS", metavar="PATH", state=LATER),
     Option("unsquash", "--unsquash --tmp-sandbox", FLAG, "unpack the image into the cache and run it from there", "UNSQUASH TMP_SANDBOX"),

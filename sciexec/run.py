@@ -40,13 +40,22 @@ def plan(options: Options, image: Image, host: Host) -> Plan:
         operations.append(Bind(host.cwd, host.cwd, optional=True, unless_visible=True))
     return Plan(
         layers(options, image, host),
-        mounts.order(operations),
+        [*mounts.order(operations), *served(options, host, home or "/")],
         payload(options, image.path, start_object(image), host, home or "/"),
         isolation=isolation.isolation(options, host),
         cwd=[options.cwd] if options.cwd else [*([] if options.contain else [host.cwd]), home or "/", "/"],
         strict=bool(options.cwd),
         quiet=options.quiet or options.contain,
     )
+
+
+def served(options: Options, host: Host, home: str) -> list[Operation]:
+    """What --fusemount asks for; last, so that its programs see all other mounts."""
+    if not options.fusemounts:
+        return []
+    from sciexec import fusemount
+
+    return [*fusemount.fusemounts(options.fusemounts, host, home)]
 
 
 def layers(options: Options, image: Image, host: Host) -> Layers:

@@ -20,8 +20,8 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 # Ground floor first.
 SCIEXEC = """
     __init__ errors kernel squashfs ext3 sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options environment host sources
-    fuse mounts overlay sinit stack isolation limits gpu mpi share relay enter data run instance stats launch join inspect blank doctor
-    switch cli __main__
+    fuse mounts overlay sinit stack fusemount isolation limits gpu mpi share relay enter data run instance stats launch join inspect blank
+    doctor switch cli __main__
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci
