@@ -33,6 +33,7 @@ test     strace                 strace
 test     fuse2fs                fuse2fs
 test     fuse-overlayfs         fuse-overlayfs
 test     e2fsprogs              e2fsprogs
+test     mpich                  mpich
 '
 
 list=

@@ -109,8 +109,8 @@ class FuseMount(Operation):
                 root.become()
                 kernel.unshare(kernel.CLONE_NEWUSER)
                 kernel.map_ids(proc, f"{self._host.uid} 0 1", f"{self._host.gid} 0 1")
-                kernel.drop_bounding_set()
-                kernel.capset_none()
+                kernel.drop_bounding_set(0)
+                kernel.capset(0)
                 self._execute(self._device, report, self.environment)
             except OSError as error:
                 os.write(report, (error.strerror or str(error)).encode())

@@ -84,6 +84,12 @@ SIG_BLOCK, SIG_UNBLOCK, SIG_SETMASK = 0, 1, 2
 SIG_IGN = 1
 ALL_SIGNALS = b"\xff" * 128
 
+# linux/if.h, linux/sockios.h
+AF_INET = 2
+SOCK_DGRAM = 2
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 1
+
 # linux/landlock.h
 LANDLOCK_CREATE_RULESET_VERSION = 1
 
@@ -91,6 +97,7 @@ LANDLOCK_CREATE_RULESET_VERSION = 1
 OPEN_TREE = 428
 MOVE_MOUNT = 429
 CLOSE_RANGE = 436
+PIDFD_OPEN = 434
 OPENAT2 = 437
 MOUNT_SETATTR = 442
 LANDLOCK_CREATE_RULESET = 444
@@ -150,6 +157,20 @@ def setns(fd: int, flags: int) -> None:
     _call("setns", fd, flags)
 
 
+def pidfd_open(pid: int) -> int:
+    """A descriptor of a process, readable when it has ended; pidfd_open(2), Linux 5.3."""
+    return _call("syscall", PIDFD_OPEN, pid, 0)
+
+
+def has_pidfd() -> bool:
+    """Whether pidfd_open(2) can be called here."""
+    try:
+        os.close(pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
+
+
 def owner(fd: int) -> int:
     """A descriptor of the user namespace that owns a namespace; ioctl_nsfs(2)."""
     return _call("ioctl", fd, NS_GET_USERNS)
@@ -168,8 +189,8 @@ def pivot_root(new_root: str, put_old: str) -> None:
     _call("syscall", _machine()[0], os.fsencode(new_root), os.fsencode(put_old), path=new_root)
 
 
-def prctl(option: int, argument: int | bytes = 0, second: int = 0) -> None:
-    _call("prctl", option, argument, second, 0, 0)
+def prctl(option: int, argument: int | bytes = 0) -> None:
+    _call("prctl", option, argument, 0, 0, 0)
 
 
 def signal_default(number: int) -> bool:
@@ -234,30 +255,57 @@ def mount_setattr(fd: int, flags: int, attributes: int) -> None:
     _call("syscall", MOUNT_SETATTR, fd, b"", flags | AT_EMPTY_PATH, attr, len(attr))
 
 
-def capset_none() -> None:
-    """Empty the effective, permitted and inheritable sets of this thread; capset(2), version 3."""
-    _call("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
+def capset(mask: int) -> None:
+    """Make the effective, permitted and inheritable sets of this thread those of `mask`, a bit for each; capset(2), version 3."""
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    _call("capset", struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", low, low, low, high, high, high))
 
 
 def capset_only(*names: str) -> None:
-    """Keep these capabilities alone, in all sets, so that they survive an execve; capset(2), capabilities(7) on ambient ones."""
-    numbers = [CAPABILITIES.index(name) for name in names]
-    low, high = (sum(1 << number % 32 for number in numbers if number // 32 == word) for word in (0, 1))
-    _call("capset", struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", low, low, low, high, high, high))
-    for number in numbers:
-        prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number)
+    """Keep these capabilities alone, in all sets, so that they survive an execve."""
+    mask = sum(1 << CAPABILITIES.index(name) for name in names)
+    capset(mask)
+    raise_ambient(mask)
 
 
-def drop_bounding_set() -> None:
-    """Empty the capability bounding set: what it lacks, no execve can give."""
+def raise_ambient(mask: int) -> None:
+    """Let these capabilities, which must be permitted and inheritable, live on across execve; PR_CAP_AMBIENT, Linux 4.3."""
+    for capability in range(len(CAPABILITIES)):
+        if mask >> capability & 1:
+            _call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0)
+
+
+def last_capability() -> int:
+    """The highest that this kernel has and we have a name for."""
+    with open("/proc/sys/kernel/cap_last_cap", "rb", buffering=0) as file:
+        return min(int(file.read()), len(CAPABILITIES) - 1)
+
+
+def drop_bounding_set(kept: int) -> None:
+    """Take all but `kept` out of the capability bounding set: what it lacks, no execve can give."""
     capability = 0
     try:
         while True:
-            prctl(PR_CAPBSET_DROP, capability)
+            if not kept >> capability & 1:
+                prctl(PR_CAPBSET_DROP, capability)
             capability += 1
     except OSError as error:
         if error.errno != errno.EINVAL or capability == 0:  # EINVAL: one beyond the last that this kernel has
             raise
+
+
+def sethostname(name: str) -> None:
+    encoded = os.fsencode(name)
+    _call("sethostname", encoded, len(encoded), path=name)
+
+
+def bring_up_loopback() -> None:
+    """Of a new network namespace; netdevice(7): struct ifreq, the name and then flags."""
+    fd = _call("socket", AF_INET, SOCK_DGRAM | os.O_CLOEXEC, 0)
+    try:
+        _call("ioctl", fd, SIOCSIFFLAGS, struct.pack("@16sH22x", b"lo", IFF_UP))
+    finally:
+        os.close(fd)
 
 
 def seccomp(program: bytes) -> None:

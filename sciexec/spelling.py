@@ -181,6 +181,13 @@ def is_net(net: bool, network: str | None) -> bool:
     )
 
 
+def hostname(text: str) -> str:
+    """A host name: letters, digits, hyphens and dots; sethostname(2) takes 64 characters."""
+    if len(text) > 64 or not text.isascii() or not text.replace("-", "").replace(".", "").isalnum():
+        raise UsageError(f"--hostname {escaped(text)}: not a host name", "up to 64 letters, digits, hyphens and dots")
+    return text
+
+
 LABELS = {
     "selinux": "SELinux labels are the policy's to give",
     "apparmor": "an AppArmor profile is loaded by root",
@@ -201,6 +208,16 @@ def security(given: list[str]) -> tuple[int | None, int | None]:
             raise UsageError(f"--security {escaped(text)}: neither uid:NUMBER nor gid:NUMBER")
         found[key] = int(value)
     return found["uid"], found["gid"]
+
+
+SHARE = ("auto", "off", "step", "job")
+
+
+def share(text: str) -> str:
+    """With whom a container is shared."""
+    if text not in SHARE:
+        raise UsageError(f"--share {escaped(text)}: with nobody of that name", f"one of {', '.join(SHARE)}")
+    return text
 
 
 def capability(text: str) -> str:

@@ -14,8 +14,8 @@ import sciexec
 # Ours, and what they bring with them beyond a bare `python3 -IS`.
 OURS = {
     "sciexec", "sciexec.__main__", "sciexec.enter", "sciexec.environment", "sciexec.errors", "sciexec.host", "sciexec.image",
-    "sciexec.isolation", "sciexec.kernel", "sciexec.mounts", "sciexec.options", "sciexec.overlay", "sciexec.run", "sciexec.sif",
-    "sciexec.sources", "sciexec.spelling", "sciexec.squashfs",
+    "sciexec.isolation", "sciexec.kernel", "sciexec.mounts", "sciexec.mpi", "sciexec.options", "sciexec.overlay", "sciexec.run",
+    "sciexec.sif", "sciexec.sources", "sciexec.spelling", "sciexec.squashfs",
 }  # fmt: skip
 LIBRARY = {"__future__", "_ctypes", "_struct", "errno", "gc", "struct"}
 BARE = {
@@ -61,6 +61,13 @@ def test_a_run_loads_this_and_nothing_else(verb: str, rootfs: Path, tmp_path: Pa
     assert modules >= OURS
     assert modules <= OURS | LIBRARY | BARE
     assert not modules & set(NEVER.split())
+
+
+def test_process_ids_of_its_own_load_little_more(rootfs: Path) -> None:
+    """As workflow engines always ask for them."""
+    modules = loaded("exec", "--no-home", "--pid", rootfs, "true")
+    assert "sciexec.sinit" in modules
+    assert modules <= OURS | LIBRARY | BARE | {"sciexec.sinit", "select", "time", "fcntl"}
 
 
 def test_the_version_costs_an_interpreter() -> None:

@@ -497,3 +497,48 @@ def test_a_signed_sif_stays_as_it_is(base: Path, sciexec: Command, tmp_path: Pat
     assert done.returncode == 255
     assert done.stderr.startswith(f"FATAL: adding an overlay to {signed}: it is signed")
     assert sha(signed) == before
+
+
+# --- beside other options ---------------------------------------------------------------------------------------------------
+
+
+def test_root_inside_changes_an_unpacked_image(sciexec: Command, hostile: Path) -> None:
+    """As a client does that keeps a sandbox for a task: users are the image's own there, files can be given to root."""
+    script = "echo me:x:5:5::/:/bin/sh > /etc/new && mv /etc/new /etc/passwd && busybox chown 0:0 /etc/passwd && id -u"
+    words = ["--quiet", "exec", "--contain", "--cleanenv", "--fakeroot", "--writable", hostile, "sh", "-c", script]
+    done = sciexec(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+    assert (hostile / "etc/passwd").read_text() == "me:x:5:5::/:/bin/sh\n"
+
+
+@pytest.mark.parametrize("words", [["--fakeroot"], ["--pid"], ["--containall"], ["--fakeroot", "--pid"], ["--ipc", "--uts"]], ids=" ".join)
+def test_an_image_file_beside_other_namespaces(sciexec: Command, base: Path, ext: Path, words: list[str], nothing_left: None) -> None:
+    assert said(sciexec, *words, "-o", ext, base, "sh", "-c", CHANGES) == ""
+    assert said(sciexec, *words, "-o", f"{ext}:ro", base, "sh", "-c", SEEN) == CHANGED
+    assert said(sciexec, "-o", ext, base, "sh", "-c", SEEN) == CHANGED
+    done = sciexec("exec", *words, "-o", ext, base, "sh", "-c", "exit 9")
+    assert (done.returncode, done.stderr) == (9, "")
+
+
+def test_the_ranks_of_a_node_write_to_one_image(sciexec_path: Path, base: Path, ext: Path, sciexec: Command, nothing_left: None) -> None:
+    script = f"'{sciexec_path}' exec --share step -o '{ext}' '{base}' sh -c 'echo $0 > /opt/rank$0; sleep 0.3' $1"
+    ranks = [
+        subprocess.Popen(["sh", "-c", script, "sh", str(number)], env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"})
+        for number in range(4)
+    ]
+    assert [rank.wait(60) for rank in ranks] == [0] * 4
+    assert said(sciexec, "-o", f"{ext}:ro", base, "sh", "-c", "cat /opt/rank*") == "0\n1\n2\n3\n"
+
+
+def test_a_file_system_that_cannot_be_written_over_is_named(sciexec_path: Path, base: Path, tmp_path: Path, need: Need) -> None:
+    """An overlay on an overlay is one."""
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    script = """cd "$1" && mount -t overlay overlay merged -o lowerdir=lower,upperdir=upper,workdir=work,userxattr && mkdir merged/over &&
+        exec "$2" exec -o merged/over "$3" true"""
+    words = [need("unshare"), "-Urm", "sh", "-c", script, "sh", tmp_path, sciexec_path, base]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 255
+    assert done.stderr.startswith(
+        f"FATAL: writing to the overlay {tmp_path}/merged/over: its file system cannot be the upper one of an overlay\n"
+    )
