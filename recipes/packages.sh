@@ -30,6 +30,9 @@ test     openssl                openssl
 test     busybox-static         busybox
 test     psmisc                 psmisc
 test     strace                 strace
+test     fuse2fs                fuse2fs
+test     fuse-overlayfs         fuse-overlayfs
+test     e2fsprogs              e2fsprogs
 test     mpich                  mpich
 test     procps                 procps-ng
 test     psmisc                 psmisc

@@ -488,6 +488,24 @@ def sif_dump(number: int, image: str) -> None:
 
 
 @commands.group(cls=Group)
+def overlay() -> None:
+    """Make overlays to write to."""
+
+
+@overlay.command("create")
+@click.option("--size", "-s", type=int, default=64, metavar="MIB", help="of the file system, in MiB [64]")
+@click.option("--sparse", "-S", is_flag=True, help="take no room for what is not used yet")
+@click.option("--create-dir", "directories", multiple=True, metavar="PATH", help="make a directory in it; may be given several times")
+@click.option("--fakeroot", "-f", is_flag=True, help="for runs with --fakeroot by Apptainer, which maps no other owner")
+@click.argument("image")
+def overlay_create(image: str, size: int, sparse: bool, directories: tuple[str, ...], fakeroot: bool) -> None:
+    """Make the ext3 image IMAGE for --overlay, or an overlay partition in it if it is a SIF."""
+    from sciexec import blank
+
+    blank.create(image, size=size, sparse=sparse, directories=list(directories), fakeroot=fakeroot)
+
+
+@commands.group(cls=Group)
 def cache() -> None:
     """Look after the cache of blobs and converted images."""
 

@@ -18,6 +18,7 @@ import os
 
 from sciexec import kernel, mounts
 from sciexec.errors import HostError, SciexecError, escaped
+from sciexec.mounts import Missing
 from sciexec.sources import tell
 
 TYPE_CHECKING = False
@@ -81,6 +82,8 @@ def enter(plan: Plan) -> None:
     Raises HostError or ImageError; the process is of no use then but to say so.
     """
     plan.layers.prepare()
+    for operation in plan.mounts:
+        operation.begin()
     try:
         act = "making a user namespace"
         plan.isolation.enter_outer()
@@ -94,24 +97,20 @@ def enter(plan: Plan) -> None:
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         act = "mounting the image"
         stand_aside()
-        root = plan.layers.mount()
+        root = plan.layers.mount(mounts.outermost(plan.mounts))
     except OSError as error:
         raise failed(act, error, "namespace" if "namespace" in act else "mount") from error
     for operation in mounts.outermost(plan.mounts):
-        attempt(operation, operation.prepare, root)
+        attempt(operation, operation.prepare, root, quiet=plan.quiet)
     for operation in plan.mounts:
-        attempt(operation, operation.execute, root)
+        attempt(operation, operation.execute, root, quiet=True)
     plan.layers.finish()
     try:
         if root.writable:
             root.seal()
         else:  # the image is so already; this is what was made around it
             kernel.mount("", ".", "", kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.PRIVATE)
-        os.chroot(".")
-        os.chdir(root.fd)
-        kernel.pivot_root(".", ".")  # our tmpfs, with the host below it, now lies on top of the new root
-        kernel.umount2(".", kernel.MNT_DETACH)
-        os.chdir("/")
+        root.become()
         plan.isolation.enter_inner()
     except OSError as error:
         raise failed("entering the container", error, "namespace") from error
@@ -129,9 +128,14 @@ def stand_aside() -> None:
     os.chroot("host")
 
 
-def attempt(operation: Operation, step: Callable[[Root], None], root: Root) -> None:
+def attempt(operation: Operation, step: Callable[[Root], None], root: Root, *, quiet: bool) -> None:
     try:
         step(root)
+    except Missing:
+        if operation.asked:
+            raise
+        if not quiet:
+            tell(f"WARNING: {escaped(operation.target)} is left out: the image has no such place, and none is made where writes last")
     except OSError as error:
         if not operation.optional:
             raise failed(f"mounting ({operation.describe()})", error, "mount") from error

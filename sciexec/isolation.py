@@ -42,7 +42,7 @@ class Isolation:
     """
 
     __slots__ = (
-        "_link", "_proc", "capabilities", "gid", "hostname", "init", "inside", "ipc", "limits", "net", "supervisor", "uid", "umask"
+        "_link", "capabilities", "gid", "hostname", "init", "inside", "ipc", "limits", "net", "proc", "supervisor", "uid", "umask"
     )  # fmt: skip
 
     def __init__(
@@ -65,7 +65,7 @@ class Isolation:
         self.supervisor, self.init = supervisor, init
         self.ipc, self.net, self.hostname, self.umask = ipc, net, hostname, umask
         self.limits = limits
-        self._proc = -1  # a descriptor of /proc/self
+        self.proc = -1  # a descriptor of /proc/self
         self._link: Link | None = None
 
     def describe_outer(self) -> list[str]:
@@ -91,8 +91,8 @@ class Isolation:
         """Become root of a user namespace, in which everything will be mounted.  Raises OSError, HostError."""
         if self.limits:
             self.limits.prepare()
-        self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
-        user_namespace(self._proc, f"0 {self.uid} 1", f"0 {self.gid} 1")
+        self.proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+        user_namespace(self.proc, f"0 {self.uid} 1", f"0 {self.gid} 1")
 
     def separate(self) -> None:
         """Leave the host's mounts behind, and whatever else is not shared.  Raises OSError.
@@ -102,7 +102,7 @@ class Isolation:
         if self.supervisor:
             kernel.unshare(kernel.CLONE_NEWPID)
             self._link = self.supervisor.leave(init=self.init)
-            self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+            self.proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
         if self.limits:
             self.limits.join()
         kernel.unshare(kernel.CLONE_NEWNS | (kernel.CLONE_NEWIPC if self.ipc else 0))
@@ -113,7 +113,7 @@ class Isolation:
         own |= kernel.CLONE_NEWUTS if self.hostname is not None else 0
         own |= kernel.CLONE_NEWNET if self.net else 0
         uid, gid = self.inside
-        user_namespace(self._proc, f"{uid} 0 1", f"{gid} 0 1", own)
+        user_namespace(self.proc, f"{uid} 0 1", f"{gid} 0 1", own)
         if self.hostname is not None:
             kernel.sethostname(self.hostname)
         if self.net:
@@ -190,10 +190,7 @@ def user_namespace(proc: int, uid_map: str, gid_map: str, own: int = 0) -> None:
     proc: a descriptor of /proc/self.
     """
     kernel.unshare(kernel.CLONE_NEWUSER | own)
-    for name, text in (("setgroups", "deny"), ("uid_map", uid_map), ("gid_map", gid_map)):
-        fd = os.open(name, os.O_WRONLY, dir_fd=proc)
-        os.write(fd, text.encode())
-        os.close(fd)
+    kernel.map_ids(proc, uid_map, gid_map)
 
 
 def has_terminal() -> bool:

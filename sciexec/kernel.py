@@ -40,6 +40,9 @@ MS_SLAVE = 1 << 19
 MS_RELATIME = 1 << 21
 PRIVATE = MS_NOSUID | MS_NODEV  # of every mount of our own
 MNT_DETACH = 2
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 0x04
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
 MOUNT_ATTR_RDONLY = 1
 MOUNT_ATTR_NOSUID = 2
 MOUNT_ATTR_NODEV = 4
@@ -92,6 +95,8 @@ IFF_UP = 1
 LANDLOCK_CREATE_RULESET_VERSION = 1
 
 # Calls that C libraries lack or learned late.  From 424 on a call has the same number on every architecture.
+OPEN_TREE = 428
+MOVE_MOUNT = 429
 CLOSE_RANGE = 436
 PIDFD_OPEN = 434
 OPENAT2 = 437
@@ -232,6 +237,16 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     return _call("syscall", OPENAT2, directory, os.fsencode(path), how, len(how), path=path)
 
 
+def open_tree(path: str) -> int:
+    """open_tree(2) with OPEN_TREE_CLONE, Linux 5.2: a copy of the mount at `path` that is attached nowhere, as a descriptor."""
+    return _call("syscall", OPEN_TREE, AT_FDCWD, os.fsencode(path), OPEN_TREE_CLONE | os.O_CLOEXEC, path=path)
+
+
+def move_mount(source: int, target: int) -> None:
+    """move_mount(2), Linux 5.2: attach the mount `source`, a descriptor of open_tree, where the descriptor `target` stands."""
+    _call("syscall", MOVE_MOUNT, source, b"", target, b"", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+
+
 def mount_setattr(fd: int, flags: int, attributes: int) -> None:
     """mount_setattr(2), Linux 5.12: set MOUNT_ATTR_* on the mount that fd stands on, with AT_RECURSIVE also on those below it.
 
@@ -245,6 +260,13 @@ def capset(mask: int) -> None:
     """Make the effective, permitted and inheritable sets of this thread those of `mask`, a bit for each; capset(2), version 3."""
     low, high = mask & 0xFFFFFFFF, mask >> 32
     _call("capset", struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", low, low, low, high, high, high))
+
+
+def capset_only(*names: str) -> None:
+    """Keep these capabilities alone, in all sets, so that they survive an execve."""
+    mask = sum(1 << CAPABILITIES.index(name) for name in names)
+    capset(mask)
+    raise_ambient(mask)
 
 
 def raise_ambient(mask: int) -> None:
@@ -310,6 +332,14 @@ def landlock_restrict_writes() -> None:
         handled |= 1 << 14  # TRUNCATE
     ruleset = _call("syscall", LANDLOCK_CREATE_RULESET, struct.pack("=Q", handled), 8, 0)
     _call("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0)
+
+
+def map_ids(proc: int, uid_map: str, gid_map: str) -> None:
+    """Write the maps of a user namespace (user_namespaces(7)); proc is a descriptor of /proc/self."""
+    for name, text in (("setgroups", "deny"), ("uid_map", uid_map), ("gid_map", gid_map)):
+        fd = os.open(name, os.O_WRONLY, dir_fd=proc)
+        os.write(fd, text.encode())
+        os.close(fd)
 
 
 def mount_id(fd: int) -> int:

@@ -35,6 +35,10 @@ PRIVATE = kernel.PRIVATE
 LARGEST_FILE = 1 << 20  # bytes of an image's file that is read whole
 
 
+class Missing(HostError):
+    """A mount point that the image lacks, where none can be made: an image that is itself written to."""
+
+
 # --- the root ---------------------------------------------------------------------------------------------------------------
 
 
@@ -50,12 +54,14 @@ class Root:
 
     Arguments:
         path: where the root is mounted, relative to that tmpfs.
-        writable: whether mount points can be made in it directly, because it is an overlay.
+        writable: whether the payload may write to it.  Mount points can then be made in it directly, because it is an overlay.
+        fixed: but not where what is made would last: a missing mount point is an error then (Missing).
     """
 
-    def __init__(self, path: str, *, writable: bool) -> None:
+    def __init__(self, path: str, *, writable: bool, fixed: bool = False) -> None:
         self.path = path
         self.writable = writable
+        self._fixed = -1  # id of the mount in which nothing is made
         self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
         self._lent: dict[str, tuple[int, int]] = {}  # target -> device and inode of binds in which mount points may be made
         self._sealed: list[int] = []  # what has grown over something read-only
@@ -63,7 +69,10 @@ class Root:
         self._ours: set[int] = set()  # ids of mounts in which mount points can be made
         self._image: set[int] = set()  # ids of mounts that show the image
         self._used: set[tuple[int, int]] = set()  # device and inode of what operations have mounted
-        (self._ours if writable else self._image).add(kernel.mount_id(self.fd))
+        if fixed:
+            self._fixed = kernel.mount_id(self.fd)
+        else:
+            (self._ours if writable else self._image).add(kernel.mount_id(self.fd))
 
     def find(self, path: str) -> int:
         """A descriptor (O_PATH) of what is at `path`, links followed inside the root only.  Raises OSError."""
@@ -130,6 +139,14 @@ class Root:
         status = os.fstat(fd)
         return (status.st_dev, status.st_ino) in self._used
 
+    def become(self) -> None:
+        """Make it the root of this mount namespace, of which nothing else is left then, and stand in it.  Raises OSError."""
+        os.chroot(".")
+        os.chdir(self.path)  # and not self.fd, which in a copy of the namespace is still of the first one
+        kernel.pivot_root(".", ".")  # our tmpfs, with the host below it, now lies on top of the new root
+        kernel.umount2(".", kernel.MNT_DETACH)
+        os.chdir("/")
+
     def _walk(self, path: str, directory: bool | None) -> int:
         """Resolve by hand: as openat2 with RESOLVE_IN_ROOT, with `directory` not None making what is missing."""
         names = path.split("/")[::-1]
@@ -173,6 +190,8 @@ class Root:
         mount = kernel.mount_id(trail[-1][1])
         if mount in self._image:
             self._grow(trail)
+        elif mount == self._fixed:
+            raise Missing(f"mounting on {escaped(path)}: the image has no such place, and none is made where writes last", "make it first")
         elif mount not in self._ours and not self._is_lent(mount, path):
             inside = escaped("/".join(part for part, _ in trail))
             raise HostError(f"mounting on {escaped(path)}: {inside} is a directory of the host and has no {escaped(name)}", "make it first")
@@ -275,17 +294,22 @@ class Operation:
     Arguments:
         target: absolute path inside the container.
         optional: leave it out where it cannot be done, and where another operation has mounted something already.
+        asked: the user named it, so it is not left out where its mount point is missing.
     """
 
-    __slots__ = ("optional", "target")
+    __slots__ = ("asked", "optional", "target")
 
-    def __init__(self, target: str, *, optional: bool = False) -> None:
+    def __init__(self, target: str, *, optional: bool = False, asked: bool = False) -> None:
         self.target = target
         self.optional = optional
+        self.asked = asked
 
     def describe(self) -> str:
         """One line: what, from where, to where."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """What has to be done as the caller, before anything else."""
 
     def start(self) -> None:
         """What has to be done inside the user namespace that mounts, and in front of its mount namespace.  Raises OSError."""
@@ -308,8 +332,17 @@ class Bind(Operation):
 
     __slots__ = ("read_only", "source", "unless_visible")
 
-    def __init__(self, source: str, target: str, *, read_only: bool = False, optional: bool = False, unless_visible: bool = False) -> None:
-        super().__init__(target, optional=optional)
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        *,
+        read_only: bool = False,
+        optional: bool = False,
+        unless_visible: bool = False,
+        asked: bool = False,
+    ) -> None:
+        super().__init__(target, optional=optional, asked=asked)
         self.source = source
         self.read_only = read_only
         self.unless_visible = unless_visible

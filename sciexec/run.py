@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 
-from sciexec import enter, environment, isolation, mounts, mpi, overlay, sif, sources
+from sciexec import enter, environment, isolation, mounts, mpi, sif, sources
 from sciexec import host as hosts
 from sciexec.enter import Plan
 from sciexec.errors import HostError, escaped
 from sciexec.mounts import Bind, Dev, Edit, Operation, Proc, Tmpfs
+from sciexec.overlay import Layers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,14 +50,34 @@ def plan(options: Options, image: Image, host: Host) -> Plan:
     if comes_along(options, host, left_out) and not any(decides(operation, host.cwd) for operation in operations):
         operations.append(Bind(host.cwd, host.cwd, optional=True, unless_visible=True))
     return Plan(
-        overlay.layers(options, sources.source(image, host, quiet=options.quiet)),
-        mounts.order(operations),
+        layers(options, image, host),
+        [*mounts.order(operations), *served(options, host, home or "/")],
         payload(options, image.path, start_object(image), host, home or "/"),
         isolation=isolation.isolation(options, host),
         cwd=[options.cwd] if options.cwd else [*([] if options.contain else [host.cwd]), home or "/", "/"],
         strict=bool(options.cwd),
         quiet=options.quiet or options.contain or "cwd" in options.no_mount,
     )
+
+
+def served(options: Options, host: Host, home: str) -> list[Operation]:
+    """What --fusemount asks for; last, so that its programs see all other mounts."""
+    if not options.fusemounts:
+        return []
+    from sciexec import fusemount
+
+    return [*fusemount.fusemounts(options.fusemounts, host, home)]
+
+
+def layers(options: Options, image: Image, host: Host) -> Layers:
+    """What the root is made of."""
+    partitions = image.sif.descriptors if image.sif else []
+    if options.overlays or options.writable or any(descriptor.parttype == sif.PART_OVERLAY for descriptor in partitions):
+        from sciexec import stack
+
+        return stack.layers(options, image, host)
+    source = sources.source(image, host, quiet=options.quiet, unsquash=options.unsquash)
+    return Layers(source, writable=options.writable_tmpfs, size=options.tmpfs_size)
 
 
 def start_object(image: Image) -> bytes:
@@ -109,8 +130,9 @@ def defaults(options: Options, host: Host, home: str) -> list[Operation]:
         listed.append(Bind("/etc/resolv.conf", "/etc/resolv.conf", optional=True))
     uid, gid = isolation.identity(options, host)
     groups = host.groups if gid == host.gid else [gid]
-    listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home, uid), f"with uid {uid}"))
-    listed.append(Edit("/etc/group", lambda content: host.group(content, groups), f"with gid {','.join(map(str, groups))}"))
+    if not (options.writable and options.fakeroot):  # where useradd and its like shall work, on the image's own files
+        listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home, uid), f"with uid {uid}"))
+        listed.append(Edit("/etc/group", lambda content: host.group(content, groups), f"with gid {','.join(map(str, groups))}"))
     if options.hostname:
         named = os.fsencode(f"{options.hostname}\n")
         listed.append(Edit("/etc/hostname", lambda content: named, "with the host name"))
@@ -129,7 +151,7 @@ def homes(options: Options, source: str, target: str) -> list[Operation]:
         return []
     if options.home:
         exists("home", source)
-        return [Bind(source, target)]
+        return [Bind(source, target, asked=True)]
     return [private(options, target, "home", 0o700)] if options.contain else [Bind(source, target, optional=True)]
 
 
@@ -155,7 +177,7 @@ def binds(options: Options, image: Image, host: Host) -> list[Operation]:
         if images and bind.image_src:
             found.setdefault(bind.target, images.bind(bind))
         else:
-            found.setdefault(bind.target, Bind(bind.source, bind.target, read_only=bind.read_only))
+            found.setdefault(bind.target, Bind(bind.source, bind.target, read_only=bind.read_only, asked=True))
     if images:
         for name, target in options.data:
             operation = images.named(name, target)

@@ -85,7 +85,7 @@ def enter_shared(plan: Plan, name: bytes | None) -> None:
             if error.errno != errno.EADDRINUSE:
                 raise enter.failed("meeting the other ranks of this node", error, "") from error
         else:
-            return first(plan, meeting, proc)
+            return first(plan, meeting)
         try:
             meeting.connect(name)
         except OSError as error:
@@ -100,7 +100,7 @@ def enter_shared(plan: Plan, name: bytes | None) -> None:
             return join(plan, namespaces, own)
 
 
-def first(plan: Plan, meeting: _socket.socket, proc: int) -> None:
+def first(plan: Plan, meeting: _socket.socket) -> None:
     """Make the container, and leave a keeper in it."""
     meeting.listen(QUEUE)
     # the image's server and the keeper are everybody's: not bound to the CPU that the launcher has given to this rank
@@ -108,7 +108,7 @@ def first(plan: Plan, meeting: _socket.socket, proc: int) -> None:
     os.sched_setaffinity(0, range(os.sysconf("SC_NPROCESSORS_CONF")))
     enter.enter(plan)
     try:
-        kept = [os.open(f"ns/{kind}", os.O_RDONLY, dir_fd=proc) for kind, _ in NAMESPACES]
+        kept = [os.open(f"ns/{kind}", os.O_RDONLY, dir_fd=plan.isolation.proc) for kind, _ in NAMESPACES]
         rank = kernel.pidfd_open(os.getpid())
         child = os.fork()
         if child == 0:

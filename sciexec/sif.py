@@ -91,6 +91,7 @@ LAUNCH = b"#!/usr/bin/env run-singularity\n"
 MAGIC = b"SIF_MAGIC\0"
 VERSION = b"01\0"
 MAGIC_OFFSET = 32
+HEADER_ARCH, HEADER_MODIFIED, HEADER_DATA_SIZE = 45, 72, 120  # places of fields that are written alone
 
 HEADER = struct.Struct("<32s10s3s3s16s8q")
 DESCRIPTOR = struct.Struct("<iBIIIqqqqqqq128s384s")
@@ -443,6 +444,32 @@ def append_data(fd: int, sif: Sif, extent: tuple[int, int], *, name: str, create
     counts = created, sif.free - 1, sif.total, sif.table_offset, sif.table_size, sif.data_offset, offset + size - sif.data_offset
     header[72:] = struct.pack("<7q", *counts)  # modified and all behind it
     _write(fd, bytes(header), 0)
+
+
+def add_partition(fd: int, sif: Sif, extent: tuple[int, int], *, fs: int, parttype: int, created: int) -> int:
+    """Describe a file system that lies behind the last object already, and give back the id of the new object.
+
+    First the descriptor, then the header, each on the disk before the next is written: the table says itself which of its
+    slots are in use, so a reader finds the whole partition or none.  OSErrors are passed on: the caller knows the path.
+
+    Arguments:
+        fd: the file, open for reading and writing.  sif: what was read of it, with a free slot in its table.
+        extent: (offset, size) in bytes; the file ends there.  created: seconds since 1970.
+    """
+    slots = os.pread(fd, sif.total * DESCRIPTOR.size, sif.table_offset)[4 :: DESCRIPTOR.size]
+    slot = slots.index(0)
+    arch = os.pread(fd, 3, HEADER_ARCH)
+    end = max((descriptor.offset + descriptor.size for descriptor in sif.descriptors), default=sif.data_offset)
+    padded_size = extent[0] - end + extent[1]
+    head = PARTITION, 1, slot + 1, GROUP_MASK | 1, 0
+    raw = DESCRIPTOR.pack(*head, *extent, padded_size, created, created, 0, 0, b"", PARTITION_EXTRA.pack(fs, parttype, arch))
+    _write(fd, raw, sif.table_offset + slot * DESCRIPTOR.size)
+    os.fsync(fd)
+    numbers = struct.pack("<qq", created, sif.free - 1), struct.pack("<q", extent[0] + extent[1] - sif.data_offset)
+    _write(fd, numbers[0], HEADER_MODIFIED)
+    _write(fd, numbers[1], HEADER_DATA_SIZE)
+    os.fsync(fd)
+    return slot + 1
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

@@ -30,6 +30,7 @@ from sciexec import kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 NAME = b"sinit"
@@ -52,10 +53,11 @@ class Link:
         self.reticent = reticent  # the caller ignores SIGCHLD, and so shall the payload
 
 
-def leave(*, init: bool) -> Link:
+def leave(*, init: bool, supervisor: Callable[[int, int, int], Supervisor] | None = None) -> Link:
     """Fork.  This process stays outside as the supervisor and never returns; process 1 does.
 
     Call it when the next child is the first of a new PID namespace.  init: whether process 1 will be sinit, not the payload.
+    supervisor: makes one of the first three arguments of Supervisor, where more is to be done than it does.
     """
     told, tell = pipe()
     reported, report = pipe()
@@ -67,7 +69,8 @@ def leave(*, init: bool) -> Link:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, SIGKILL)
         return Link(told, report, reticent=reticent)
     try:
-        Supervisor(child, tell, reported, init=init).supervise()
+        stays = supervisor(child, tell, reported) if supervisor else Supervisor(child, tell, reported, init=init)
+        stays.supervise()
     finally:
         os._exit(255)
 
@@ -121,9 +124,13 @@ class Supervisor:
         self.child, self.tell, self.reported, self.init = child, tell, reported, init
         self.status = 0  # the payload's last, as sinit told it
 
+    def kept(self) -> list[int]:
+        """The descriptors that we need."""
+        return [self.tell, self.reported]
+
     def supervise(self) -> NoReturn:
         """Until the payload can be started a signal kills, as it would kill us without a container; from then on it is forwarded."""
-        keep_only(self.tell, self.reported)
+        keep_only(*self.kept())
         if kernel.signal_default(SIGINT):  # Python's handler
             kernel.signal_ignore(SIGINT)
         if os.read(self.reported, len(READY)):  # nothing where process 1 has failed, and has said so

@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 OURS = os.path.join(os.path.dirname(__file__), "sciexec-fuse")  # native/fuse.c, where there was a compiler
 # Where distributions, sites and Apptainer's own packages put it; the caller's PATH may lead anywhere.
 SERVER = "squashfuse_ll"
-SERVERS = tuple(
-    f"{directory}/{SERVER}"
-    for directory in (
-        os.path.dirname(sys.executable), "/usr/bin", "/usr/local/bin", "/usr/libexec/apptainer/bin", "/usr/local/libexec/apptainer/bin"
-    )
+PLACES = (
+    os.path.dirname(sys.executable), "/usr/bin", "/usr/local/bin", "/usr/sbin", "/usr/libexec/apptainer/bin",
+    "/usr/local/libexec/apptainer/bin",
 )  # fmt: skip
+SERVERS = tuple(f"{place}/{SERVER}" for place in PLACES)
+CLOSED = "/dev/fuse is missing or closed to users"
+
+
+def installed(program: str) -> str:
+    """The absolute path of a program that serves a file system; "" where there is none."""
+    return next((path for path in (f"{place}/{program}" for place in PLACES) if os.access(path, os.X_OK)), "")
+
+
+def has_fuse() -> bool:
+    return os.access("/dev/fuse", os.R_OK | os.W_OK)
 
 
 class Source:
@@ -127,16 +136,7 @@ class Squashfuse(Squash):
         return parent
 
     def _serve(self, ready: int) -> None:
-        os.chdir("/")
-        null = os.open("/dev/null", os.O_RDWR)
-        for number in range(3):
-            os.dup2(null, number)
-        for number in map(int, os.listdir("/proc/self/fd")):
-            if number > 2 and number not in (self.fd, self._device, ready):
-                try:
-                    os.close(number)
-                except OSError:  # the listing's own
-                    pass
+        bare(self.fd, self._device, ready)
         os.set_inheritable(self.fd, True)
         os.set_inheritable(self._device, True)
         confine()
@@ -147,25 +147,26 @@ class Squashfuse(Squash):
 
 
 class Directory(Source):
-    """An unpacked image.  Arguments: path: absolute, on the host."""
+    """An unpacked image.  Arguments: path: absolute, on the host.  writable: what is written lands in it."""
 
-    __slots__ = ("path",)
+    __slots__ = ("path", "writable")
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, *, writable: bool = False) -> None:
+        self.path, self.writable = path, writable
 
     def describe(self) -> str:
-        return f"directory {escaped(self.path)}"
+        return f"directory {escaped(self.path)}" + (" writable" if self.writable else "")
 
     def mount(self, target: str) -> None:
         kernel.mount(self.path, target, "", kernel.MS_BIND | kernel.MS_REC)
-        fd = os.open(target, os.O_PATH)
-        kernel.make_read_only(fd, below=True)
-        os.close(fd)
+        if not self.writable:
+            fd = os.open(target, os.O_PATH)
+            kernel.make_read_only(fd, below=True)
+            os.close(fd)
 
 
 class Unpacked(Directory):
-    """A SquashFS on a host without FUSE: unpacked once into the cache, from where it is then mounted like any directory.
+    """A SquashFS that is unpacked once into the cache, and then mounted like any directory: on a host without FUSE, or on demand.
 
     Arguments:
         reason: why it is not mounted, for the message that says so.
@@ -196,6 +197,22 @@ def above_standard(fd: int) -> int:
     return fd
 
 
+def bare(*kept: int) -> list[int]:
+    """Leave everything of the caller's behind but these descriptors, whose numbers may change; standard streams lead nowhere."""
+    os.chdir("/")
+    fds = [above_standard(fd) for fd in kept if fd >= 0]
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number not in fds:
+            try:
+                os.close(number)
+            except OSError:  # the listing's own
+                pass
+    return fds
+
+
 def tell(text: str) -> None:
     """A line for the user; where standard error is closed, nobody wants to know."""
     try:
@@ -214,13 +231,15 @@ def confine() -> None:
     kernel.capset(0)
 
 
-def source(image: Image, host: Host, *, quiet: bool) -> Source:
-    """How an image is mounted on this host."""
+def source(image: Image, host: Host, *, quiet: bool, unsquash: bool = False) -> Source:
+    """How an image is mounted on this host; with `unsquash` unpacked in any case."""
     if image.kind == "directory":
         return Directory(image.path)
+    if unsquash:  # asked for, so there is nothing to say
+        return Unpacked(image, f"{hosts.cache(host)}/unpacked/{image.key()}", "--unsquash", quiet=True)
     ours = [OURS] if squashfs.check_superblock(image.fd, image.offset, image.size).compression_name not in ("lzma", "lzo") else []
     program = next((program for program in (*ours, *SERVERS) if os.access(program, os.X_OK)), None)
-    if program and os.access("/dev/fuse", os.R_OK | os.W_OK):
+    if program and has_fuse():
         return (Squash if program == OURS else Squashfuse)(image.fd, image.offset, image.path, program)
-    reason = "/dev/fuse is missing or closed to users" if program else f"neither {os.path.basename(OURS)} nor {SERVER} is installed"
+    reason = CLOSED if program else f"neither {os.path.basename(OURS)} nor {SERVER} is installed"
     return Unpacked(image, f"{hosts.cache(host)}/unpacked/{image.key()}", reason, quiet=quiet)

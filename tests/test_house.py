@@ -19,9 +19,9 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 
 # Ground floor first.
 SCIEXEC = """
-    __init__ errors kernel squashfs sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options scripts assignments environment
-    host sources mounts own overlay sinit limits isolation gpu mpi enter share relay data run instance stats launch join inspect doctor
-    switch completion help cli __main__
+    __init__ errors kernel squashfs ext3 sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options scripts assignments
+    environment host sources fuse mounts own overlay sinit stack fusemount limits isolation gpu mpi enter share relay data run instance
+    stats launch join inspect blank doctor switch completion help cli __main__
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci

@@ -152,6 +152,10 @@ VALUES = {
     "cpuset_mems": ["0"],
     "pids_limit": ["100"],
     "blkio_weight": ["500"],
+    "share": ["step", "off"],
+    "overlay": ["/a", "/a:ro,b"],
+    "tmpfs_size": ["1m", "4096"],
+    "fusemount": ["host:a b /c"],
 }
 # flags that mean nothing alone
 ALONE = {"net": ["--network=none"]}

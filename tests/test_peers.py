@@ -94,3 +94,49 @@ def test_its_signature_survives_our_data(sciexec: Command, ours: Path, shared: P
     assert apptainer("verify", "--group-id", "1", *words).returncode == 0
     assert apptainer("sign", "--group-id", "2", "--key", private, signed).returncode == 0
     assert apptainer("verify", *words).returncode == 0
+
+
+@pytest.fixture
+def bare(sciexec: Command, rootfs: Path, shared: Path, need: Need) -> Path:
+    """An image that both sides may run as anybody."""
+    image = shared / "bare.sqfs"
+    image.unlink(missing_ok=True)
+    subprocess.run([need("mksquashfs"), rootfs, image, "-quiet", "-all-root", "-comp", "gzip"], check=True, capture_output=True)
+    return image
+
+
+CHANGES = "echo changed > /srv/text && rm /bin/false && mkdir /opt/new"
+SEEN = "cat /srv/text; ls /bin/false; ls /opt"
+
+
+def test_apptainer_uses_our_overlay_and_leaves_it_to_us(sciexec: Command, bare: Path, shared: Path) -> None:
+    """Owned by root in it, as the two sides may be two users."""
+    path = shared / "ours.ext3"
+    path.unlink(missing_ok=True)
+    assert sciexec("overlay", "create", "--sparse", "--fakeroot", path).returncode == 0
+    path.chmod(0o666)
+    assert sciexec("exec", "-o", path, bare, "sh", "-c", CHANGES).returncode == 0
+    done = apptainer("exec", "--fakeroot", "-o", path, bare, "sh", "-c", f"{SEEN}; echo theirs > /srv/text")
+    assert done.stdout == "changed\nnew\n", done.stderr
+    for words in (path, f"{path}:ro"):
+        assert sciexec("exec", "-o", words, bare, "sh", "-c", SEEN).stdout == "theirs\nnew\n"
+
+
+def test_we_use_apptainers_overlay_and_leave_it_to_it(sciexec: Command, bare: Path, shared: Path) -> None:
+    path = shared / "theirs.ext3"
+    path.unlink(missing_ok=True)
+    assert apptainer("overlay", "create", "--sparse", path).returncode == 0
+    assert apptainer("exec", "-o", path, bare, "sh", "-c", CHANGES).returncode == 0
+    apptainer("exec", "-B", shared, bare, "chmod", "666", path)
+    for words in (f"{path}:ro", path):
+        assert sciexec("exec", "-o", words, bare, "sh", "-c", SEEN).stdout == "changed\nnew\n"
+    assert sciexec("exec", "-o", path, bare, "sh", "-c", "echo ours > /srv/text").returncode == 0
+    assert apptainer("exec", "-o", path, bare, "sh", "-c", SEEN).stdout == "ours\nnew\n"
+
+
+def test_a_partition_that_we_added_is_theirs_as_well(sciexec: Command, ours: Path) -> None:
+    assert sciexec("overlay", "create", "--sparse", "--fakeroot", ours).returncode == 0
+    assert sciexec("exec", "--writable", ours, "sh", "-c", "echo text > /srv/text").returncode == 0
+    done = apptainer("exec", ours, "cat", "/srv/text")
+    assert done.stdout == "text\n", done.stderr
+    assert "Ext3/Overlay" in apptainer("sif", "list", ours).stdout
