@@ -522,8 +522,10 @@ def write_over(target: int, path: str, content: bytes) -> None:
     """Mount a file with that content over `target`, a descriptor of what is at `path`."""
     name = path.replace("/", "_")
     file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    os.write(file, content)
-    os.close(file)
+    try:
+        os.write(file, content)
+    finally:
+        os.close(file)  # open for writing it would keep what we stand in from becoming read-only
     kernel.mount(name, kernel.magic(target), "", kernel.MS_BIND)
 
 
