@@ -130,6 +130,7 @@ GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fuse
 
 # values of options that do not take any text
 VALUES = {
+    "share": ["step", "off"],
     "bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"],
     "mount": ["type=bind,src=/a,dst=/b", 'src=/a,"dst=/b,c",ro'],
     "data": ["/a", "/a:/b,c"],
