@@ -101,7 +101,7 @@ def _write(source: _Source, fd: int, settings: Settings) -> None:
                 builder.add(descriptor.type, descriptor.name, sif.read_object(found.fd, found.sif, descriptor), descriptor.extra)
     offset = builder.partition_offset()
     if found.kind != "directory" and not settings.repack:
-        _copy(found.fd, found.offset, found.size, fd, offset, source.path)
+        copy(found.fd, found.offset, found.size, fd, offset, source.path)
         builder.finish(found.size)
         return
     with pull.new_writer(fd, offset, created, settings) as writer:
@@ -109,7 +109,7 @@ def _write(source: _Source, fd: int, settings: Settings) -> None:
         builder.finish(writer.finish(root))
 
 
-def _copy(source: int, start: int, size: int, target: int, position: int, path: str) -> None:
+def copy(source: int, start: int, size: int, target: int, position: int, path: str) -> None:
     """Bytes from one file into another, copied by the kernel.  Raises ImageError if there are fewer, OSError."""
     end = start + size
     os.lseek(target, position, os.SEEK_SET)

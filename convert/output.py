@@ -19,6 +19,7 @@ from types import TracebackType
 from sciexec.errors import HostError, UsageError
 
 FLUSHED = 0.5  # seconds between two pushes
+PIECE = 1 << 20  # bytes
 
 
 class Output:
@@ -68,7 +69,10 @@ class Output:
         return os.path.join(self._directory, f".{os.path.basename(self.path)[:200]}.{secrets.token_hex(6)}.part")
 
     def publish(self) -> None:
-        """Flush the file and give it its name.  Raises HostError, UsageError."""
+        """Flush the file and give it its name; where others were quicker, but made the same, theirs is as good.
+
+        Raises HostError, UsageError.
+        """
         self._done.set()
         self._flusher.join()
         try:
@@ -89,9 +93,24 @@ class Output:
             finally:
                 os.close(directory)
         except FileExistsError:
-            raise UsageError(f"writing {self.path}: the file was made by someone else meanwhile", "--force replaces it") from None
+            if not self._is_made():
+                raise UsageError(f"writing {self.path}: another file of that name was made meanwhile", "--force replaces it") from None
         except OSError as error:
             raise HostError(f"writing {self.path}: {error.strerror}") from error
+
+    def _is_made(self) -> bool:
+        """Whether a file of this name holds the same bytes: jobs that start together fetch the same image at the same time."""
+        try:
+            with open(self.path, "rb") as theirs, open(self.fd, "rb", closefd=False) as ours:
+                ours.seek(0)
+                while True:
+                    piece = ours.read(PIECE)
+                    if theirs.read(PIECE) != piece:
+                        return False
+                    if not piece:
+                        return True
+        except OSError:
+            return False
 
     def _linked(self, temporary: str) -> bool:
         """Give the file its name by link(2), which unlike rename(2) fails if the name was taken meanwhile."""

@@ -34,6 +34,10 @@ test     fuse2fs                fuse2fs
 test     fuse-overlayfs         fuse-overlayfs
 test     e2fsprogs              e2fsprogs
 test     mpich                  mpich
+test     procps                 procps-ng
+test     psmisc                 psmisc
+test     zsh                    zsh
+test     fish                   fish
 '
 
 list=

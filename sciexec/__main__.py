@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 
-from sciexec import version
+from sciexec import called, version
 from sciexec.errors import HostError, SciexecError
 
 gc.disable()  # a start makes no garbage, and to look for it while modules load takes a millisecond
@@ -27,8 +27,9 @@ def main(program: str, arguments: list[str]) -> int:
     """
     debug = False
     try:
-        if arguments == ["--version"]:  # what clients call most, often in front of every other call
-            print(version(program), flush=True)
+        if arguments in (["--version"], ["version"]):  # what clients call most, often in front of every other call
+            text = version(program)
+            print(text if arguments == ["--version"] else text.rpartition(" ")[2], flush=True)
             return 0
         from sciexec import environment, options
 
@@ -45,7 +46,7 @@ def main(program: str, arguments: list[str]) -> int:
         start(chosen)
         return 0
     except SciexecError as error:
-        show(error.message, error.hint, debug)
+        show(error.message, error.hint.replace("`sciexec ", f"`{called(program)} "), debug)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

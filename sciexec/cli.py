@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sciexec import options, version
+from sciexec import called, options, version
 from sciexec.errors import UsageError
+from sciexec.help import Group, Program, Themed, width
 from sciexec.options import FLAG, LATER, LIST, NEVER, OPTIONS, READY, Option, Options
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def main(program: str, arguments: list[str]) -> int | Options:
 
     Arguments: those of sciexec.__main__.main.  Raises SciexecError; UsageError for what click finds wrong.
     """
-    shown = "sciexec" if program.endswith(".py") else program.rpartition("/")[2]
+    shown = called(program)
     try:
         answer = commands.main(arguments or ["--help"], prog_name=shown, standalone_mode=False, obj={"program": program})
     except click.Abort as error:
@@ -77,7 +78,7 @@ def by_slot(given: dict[str, Any]) -> dict[str, options.Value]:
     return values
 
 
-class Run(click.Command):
+class Run(Themed):
     """run, exec, shell, test, instance start or instance run: IMAGE ends the options, everything behind it is the payload's."""
 
     def __init__(self, verb: str, usage: str, help: str) -> None:
@@ -116,26 +117,15 @@ def fetched(chosen: Options) -> Options:
 # --- the commands -----------------------------------------------------------------------------------------------------------
 
 
-class InOrder(click.Group):
-    """Commands are listed as they stand below, the most used first."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Also "instance.stop" for "instance stop", as Singularity 2 had it and some clients still do."""
-        group, _, verb = cmd_name.partition(".")
-        found = self.commands.get(group)
-        return found.get_command(ctx, verb) if verb and isinstance(found, click.Group) else super().get_command(ctx, cmd_name)
-
-
 def show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
         click.echo(version(ctx.obj["program"]))
         ctx.exit()
 
 
-@click.group(cls=InOrder, params=click_options("global"), context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Program, params=click_options("global"), context_settings={"help_option_names": ["-h", "--help"], "terminal_width": width()}
+)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="print the version and exit")
 @click.pass_context
 def commands(ctx: click.Context, /, **given: Any) -> None:
@@ -149,9 +139,12 @@ commands.add_command(Run("shell", "[ARGUMENT]...", "Start a shell in IMAGE."))
 commands.add_command(Run("test", "[ARGUMENT]...", "Run the test that IMAGE brings along, if it does."))
 
 
-@commands.group(cls=InOrder)
+@commands.group(cls=Group)
 def instance() -> None:
-    """Containers in the background, which have a name: instance://NAME stands for an image then."""
+    """Containers in the background, which have a name.
+
+    instance://NAME stands for an image then.
+    """
 
 
 instance.add_command(Run("start", "[ARGUMENT]...", "Start IMAGE in the background: its startscript, if it has one."))
@@ -185,12 +178,10 @@ def instance_stop(ctx: click.Context, everything: bool, force: bool, signal: str
     """Stop instances: all processes in them have ended then."""
     from sciexec import host, instance
 
-    if everything == bool(pattern):
-        raise UsageError("instance stop: either --all or the name of an instance", "see `sciexec instance stop --help`")
+    if not everything and not pattern:
+        raise UsageError("instance stop: neither a name nor --all is given", "see `sciexec instance stop --help`")
     number = instance.signal_number("SIGKILL" if force else signal)
-    found = instance.find_all(instance.whose(host.Host(), user), pattern or "*")
-    if not found:
-        raise UsageError("no instance found", "`sciexec instance list` shows those of this host")
+    found = instance.chosen(instance.whose(host.Host(), user), "*" if everything else pattern)
     instance.stop(found, number, timeout, quiet=bool(ctx.obj["values"].get("quiet")))
 
 
@@ -203,13 +194,17 @@ def instance_stats(as_json: bool, no_stream: bool, user: str, name: str) -> None
     """Show what an instance uses: CPU, memory, input and output, processes."""
     from sciexec import host, instance, stats
 
-    stats.stats(instance.find(instance.whose(host.Host(), user), name), click.echo, as_json=as_json, stream=not no_stream)
+    for found in instance.chosen(instance.whose(host.Host(), user), name)[:1]:
+        stats.stats(found, click.echo, as_json=as_json, stream=not no_stream)
 
 
 @commands.command()
 @click.argument("image", required=False)
 def check(image: str | None) -> int:
-    """Say, step by step, whether this host can run images (IMAGE, if given), and what to do where it cannot."""
+    """Say whether this host can run images, and what to do where it cannot.
+
+    IMAGE, if given, is run as well.
+    """
     from convert import blobs
     from sciexec import doctor
 
@@ -227,19 +222,72 @@ def bare_version(ctx: click.Context) -> None:
 
 
 @commands.command("help")
-@click.argument("command", required=False)
+@click.argument("command", nargs=-1)
 @click.pass_context
-def help_on(ctx: click.Context, command: str | None) -> None:
+def help_on(ctx: click.Context, command: tuple[str, ...]) -> None:
     """Print the help of COMMAND."""
-    path = [command] if command else []
-    commands.main([*path, "--help"], prog_name=ctx.find_root().info_name, standalone_mode=False, obj=ctx.obj)
+    commands.main([*command, "--help"], prog_name=ctx.find_root().info_name, standalone_mode=False, obj=ctx.obj)
+
+
+@commands.group(cls=Group)
+def alias() -> None:
+    """Let `apptainer` and `singularity` mean sciexec."""
+
+
+@alias.command("install")
+@click.argument("directory")
+@click.option("--force", "-F", is_flag=True, help="replace other programs of these names")
+def alias_install(directory: str, force: bool) -> None:
+    """Write `apptainer` and `singularity` into DIRECTORY, which should come first in PATH."""
+    from sciexec import switch
+
+    for path in switch.install(directory, force=force):
+        click.echo(path)
+
+
+@alias.command("remove")
+@click.argument("directory")
+def alias_remove(directory: str) -> None:
+    """Remove them from DIRECTORY; other programs of these names are left alone."""
+    from sciexec import switch
+
+    for path in switch.remove(directory):
+        click.echo(path)
+
+
+@commands.command()
+@click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print what completes command lines in SHELL: bash, zsh or fish."""
+    from sciexec import completion, help
+
+    click.echo(completion.script(shell, str(ctx.find_root().info_name), help.tree(commands, ctx)), nl=False)
+
+
+@commands.command()
+@click.argument("key", required=False)
+@click.pass_context
+def buildcfg(ctx: click.Context, key: str | None) -> None:
+    """Print how this was installed: KEY=VALUE lines, or the value of KEY."""
+    from sciexec import switch
+
+    found = switch.buildcfg(ctx.obj["program"])
+    if key is not None and key not in found:
+        raise UsageError(f"buildcfg: there is no value named {key!r}", f"there are {', '.join(found)}")
+    click.echo(found[key] if key is not None else "\n".join(f"{name}={value}" for name, value in found.items()))
 
 
 # --- images: made, looked at, kept ------------------------------------------------------------------------------------------
 
-CONVERSION = (
+PACKING = (
     click.option("--compression", metavar="NAME[:LEVEL]", help="zstd (the default, level 3), gzip, lz4 or xz"),
     click.option("--block-size", type=int, metavar="BYTES", help="of the SquashFS, a power of two [131072]"),
+    click.option("--force", "-F", is_flag=True, help="replace what is there"),
+    click.option("--quiet", "-q", is_flag=True, help="say errors only"),
+)
+CONVERSION = (
+    *PACKING[:2],
     click.option("--max-entries", type=int, metavar="N", help="refuse an image of more files [500000]"),
     click.option("--max-bytes", type=int, metavar="BYTES", help="refuse an image that is larger uncompressed [1 TiB]"),
     click.option("--max-ratio", type=int, metavar="N", help="refuse a layer that grows more times when decompressed [500]"),
@@ -247,12 +295,11 @@ CONVERSION = (
     click.option("--authfile", metavar="PATH", help="credentials for the registry, as docker's config.json"),
     click.option("--no-https", is_flag=True, default=None, help="speak http to the registry"),
     click.option("--disable-cache", is_flag=True, default=None, help="keep nothing of what a registry sends"),
-    click.option("--force", "-F", is_flag=True, help="replace what is there"),
-    click.option("--quiet", "-q", is_flag=True, help="say errors only"),
+    *PACKING[2:],
 )
 
 
-def conversion(command: Callable[..., Any]) -> Callable[..., Any]:
+def conversion(command: Callable[..., Any], flags: tuple[Callable[..., Any], ...] = CONVERSION) -> Callable[..., Any]:
     """The flags of whatever converts: they arrive as `settings` (convert.pull.Settings), `progress` and `force`."""
 
     @functools.wraps(command)
@@ -270,7 +317,12 @@ def conversion(command: Callable[..., Any]) -> Callable[..., Any]:
             result = command(*arguments, settings=settings, progress=shown, **given)
         click.echo(result)
 
-    return functools.reduce(lambda function, option: option(function), reversed(CONVERSION), settled)
+    return functools.reduce(lambda function, option: option(function), reversed(flags), settled)
+
+
+def packing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags of whatever packs a directory, as those of `conversion`."""
+    return conversion(command, PACKING)
 
 
 @commands.command()
@@ -281,12 +333,15 @@ def conversion(command: Callable[..., Any]) -> Callable[..., Any]:
     "directory",
     metavar="PATH",
     default="",
-    envvar=["SCIEXEC_PULLDIR", "APPTAINER_PULLDIR", "SINGULARITY_PULLDIR"],
+    envvar=[f"{prefix}{key}" for prefix in options.PREFIXES for key in ("PULLDIR", "PULLFOLDER")],
     help="where to write",
 )
 @conversion
 def pull(operands: tuple[str, ...], name: str, directory: str, settings: Settings, progress: Progress, force: bool) -> str:
-    """Fetch an image and make one SIF file of it: docker://, docker-archive:, oci:, oci-archive:."""
+    """Fetch an image and make one SIF file of it.
+
+    URI begins with docker://, docker-archive:, oci: or oci-archive:.
+    """
     from convert import pull, reference
 
     *out, uri = operands
@@ -297,15 +352,50 @@ def pull(operands: tuple[str, ...], name: str, directory: str, settings: Setting
 
 
 @commands.command()
+@click.option("--fakeroot", "-f", is_flag=True, expose_value=False, hidden=True, help="nothing is done as root, nor needs to be")
 @click.argument("out")
 @click.argument("spec")
 @click.option("--sandbox", "-s", is_flag=True, help="make a directory instead of a file")
+@click.option("--data", "as_data", is_flag=True, help="pack the directory SPEC as data")
 @conversion
-def build(out: str, spec: str, sandbox: bool, settings: Settings, progress: Progress, force: bool) -> str:
+def build(out: str, spec: str, sandbox: bool, as_data: bool, settings: Settings, progress: Progress, force: bool) -> str:
     """Make the image OUT of SPEC: a URI, a SIF, a SquashFS or a sandbox directory."""
-    from convert import build
+    from convert import build, data
 
+    if as_data and sandbox:
+        raise UsageError("build: data are packed into a file, and --sandbox asks for a directory", "cp -a copies a directory")
+    if as_data:
+        return data.package(spec, out, settings, progress, force=force)
     return build.build(out, spec, settings, progress, as_sandbox=sandbox, force=force)
+
+
+@commands.group("data", cls=Group)
+def data_sets() -> None:
+    """Pack data sets: a directory of many files becomes one file, which a run shows with --data or --bind."""
+
+
+@data_sets.command("package")
+@click.argument("directory", metavar="DIR")
+@click.argument("out", metavar="OUT.sif")
+@click.option("--name", default="", metavar="NAME", help="of the data [the directory's]")
+@packing
+def data_package(directory: str, out: str, name: str, settings: Settings, progress: Progress, force: bool) -> str:
+    """Make the data image OUT.sif of the directory DIR."""
+    from convert import data
+
+    return data.package(directory, out, settings, progress, name=name, force=force)
+
+
+@data_sets.command("add")
+@click.argument("image", metavar="IMAGE.sif")
+@click.argument("directory", metavar="DIR")
+@click.option("--name", default="", metavar="NAME", help="of the data [the directory's]")
+@packing
+def data_add(image: str, directory: str, name: str, settings: Settings, progress: Progress, force: bool) -> str:
+    """Put the directory DIR into IMAGE.sif, where --data NAME finds it."""
+    from convert import data
+
+    return data.add(image, directory, settings, progress, name=name, force=force)
 
 
 ATTRIBUTES = {
@@ -322,7 +412,10 @@ ATTRIBUTES = {
 @click.option("--list-apps", is_flag=True, help="the names of the SCIF applications")
 @click.argument("image")
 def inspect_image(image: str, everything: bool, as_json: bool, app: str, list_apps: bool, **wanted: bool) -> None:
-    """Show what IMAGE says about itself (its labels, unless told otherwise); nothing of it is executed."""
+    """Show what IMAGE says about itself: its labels, unless told otherwise.
+
+    Nothing of it is executed.
+    """
     from sciexec import inspect
 
     chosen = [name for name, asked in wanted.items() if asked or everything]
@@ -331,7 +424,27 @@ def inspect_image(image: str, everything: bool, as_json: bool, app: str, list_ap
     click.echo(text, nl=False)
 
 
-@commands.group(cls=InOrder)
+@commands.command()
+@click.argument("image")
+def apps(image: str) -> None:
+    """List the SCIF applications of IMAGE."""
+    from sciexec import inspect
+
+    click.echo(inspect.inspect(image, list_apps=True, terminal=sys.stdout.isatty()), nl=False)
+
+
+@commands.command("run-help")
+@click.option("--app", metavar="NAME", default="", help="of this SCIF application")
+@click.argument("image")
+def run_help(image: str, app: str) -> None:
+    """Print what the makers of IMAGE say about its use."""
+    from sciexec import inspect
+
+    text = inspect.inspect(image, ["helpfile"], app=app, terminal=sys.stdout.isatty())
+    click.echo(text or "No help sections were defined for this image\n", nl=False)
+
+
+@commands.group(cls=Group)
 def sif() -> None:
     """Look into a SIF file."""
 
@@ -374,7 +487,7 @@ def sif_dump(number: int, image: str) -> None:
     inspect.sif_dump(image, number, sys.stdout.fileno())
 
 
-@commands.group(cls=InOrder)
+@commands.group(cls=Group)
 def overlay() -> None:
     """Make overlays to write to."""
 
@@ -392,7 +505,7 @@ def overlay_create(image: str, size: int, sparse: bool, directories: tuple[str, 
     blank.create(image, size=size, sparse=sparse, directories=list(directories), fakeroot=fakeroot)
 
 
-@commands.group(cls=InOrder)
+@commands.group(cls=Group)
 def cache() -> None:
     """Look after the cache of blobs and converted images."""
 

@@ -7,8 +7,9 @@ In the second, last, the caller is themselves again and owns no capability over 
               |
               +--- sciexec-fuse: host's mount namespace, first user namespace
 
-The process stands in a tmpfs of ours meanwhile.  It lies over "/": no directory of the host is hidden by it, because a path is
-looked up from this process's root, which is what lies below, and only ".." of the root leads up to it.
+The process stands in a tmpfs of ours meanwhile, which is the root of the mount namespace; its own root is the host's, mounted
+below that.  So every path of the host means what it means outside, also one that leads through a link like ../run/resolv.conf:
+".." ends at a process's root, but it would climb onto a file system that merely lies over that.
 """
 
 from __future__ import annotations
@@ -95,8 +96,7 @@ def enter(plan: Plan) -> None:
         # slave: what the host's automounter mounts later appears inside as well, and nothing ever goes the other way
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         act = "mounting the image"
-        kernel.mount("tmpfs", "/", "tmpfs", kernel.PRIVATE, "mode=755")
-        os.chdir("/..")
+        stand_aside()
         root = plan.layers.mount(mounts.outermost(plan.mounts))
     except OSError as error:
         raise failed(act, error, "namespace" if "namespace" in act else "mount") from error
@@ -106,7 +106,9 @@ def enter(plan: Plan) -> None:
         attempt(operation, operation.execute, root, quiet=True)
     plan.layers.finish()
     try:
-        if not root.writable:  # the image is so already; this is what was made around it
+        if root.writable:
+            root.seal()
+        else:  # the image is so already; this is what was made around it
             kernel.mount("", ".", "", kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.PRIVATE)
         root.become()
         plan.isolation.enter_inner()
@@ -115,6 +117,15 @@ def enter(plan: Plan) -> None:
     change_directory(plan.cwd, strict=plan.strict, quiet=plan.quiet)
     reset_signals()
     plan.isolation.finish()
+
+
+def stand_aside() -> None:
+    """In a new mount namespace: stand in an empty tmpfs of ours, with the host's root as our own.  Raises OSError."""
+    kernel.mount("tmpfs", "/", "tmpfs", kernel.PRIVATE, "mode=755")
+    os.chdir("/..")
+    os.mkdir("host")
+    kernel.pivot_root(".", "host")
+    os.chroot("host")
 
 
 def attempt(operation: Operation, step: Callable[[Root], None], root: Root, *, quiet: bool) -> None:

@@ -18,7 +18,9 @@ from sciexec.errors import HostError, ImageError, escaped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from sciexec.sif import Sif
+    from collections.abc import Callable
+
+    from sciexec.sif import Descriptor, Sif
 
 SQUASHFS_MAGIC = b"hsqs"
 HEAD = 4096  # bytes at the front that are looked at; a first line ends in them or there is none
@@ -103,9 +105,11 @@ def remove(directory: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def open_image(path: str) -> Image:
+def open_image(path: str, choose: Callable[[Sif], Descriptor] = lambda parsed: parsed.primary) -> Image:
     """Open an image and check as much of it as costs nothing.
 
+    Arguments:
+        choose: which partition of a SIF is meant.
     Raises ImageError for what is no image or a damaged one, HostError where the file cannot be read.
     """
     absolute = os.path.abspath(path)
@@ -123,18 +127,22 @@ def open_image(path: str) -> Image:
         raise HostError(f"opening {path}: {error.strerror}") from error
     if sif.is_sif(head):
         parsed = sif.read(fd, path)
-        partition = parsed.primary
-        if partition.fs != sif.FS_SQUASHFS:
-            kind = FILE_SYSTEMS.get(partition.fs, f"file system {partition.fs}")
-            raise ImageError(f"opening {path}: its root is {kind}, and only SquashFS can be run")
-        image = Image(absolute, "sif", fd, partition.offset, partition.size, parsed)
-    else:
-        offset = head.find(b"\n") + 1 if head.startswith(b"#!") else 0
-        if head[offset : offset + 4] != SQUASHFS_MAGIC:
-            raise ImageError(f"opening {path}: neither SIF nor SquashFS", "an image is a .sif, a .sqfs or an unpacked directory")
-        image = Image(absolute, "squashfs", fd, offset, status.st_size - offset)
-    squashfs.check_superblock(fd, image.offset, image.size, path)
-    return image
+        return partition(absolute, fd, parsed, choose(parsed))
+    offset = head.find(b"\n") + 1 if head.startswith(b"#!") else 0
+    if head[offset : offset + 4] != SQUASHFS_MAGIC:
+        raise ImageError(f"opening {path}: neither SIF nor SquashFS", "an image is a .sif, a .sqfs or an unpacked directory")
+    squashfs.check_superblock(fd, offset, status.st_size - offset, path)
+    return Image(absolute, "squashfs", fd, offset, status.st_size - offset)
+
+
+def partition(path: str, fd: int, parsed: Sif, descriptor: Descriptor) -> Image:
+    """A partition of an open SIF as an image.  Raises ImageError where it is no SquashFS that can be mounted."""
+    if descriptor.fs != sif.FS_SQUASHFS:
+        kind = FILE_SYSTEMS.get(descriptor.fs, f"file system {descriptor.fs}" if descriptor.fs else "no file system")
+        what = "root" if descriptor.parttype == sif.PART_PRIMARY else f"object {descriptor.id}"
+        raise ImageError(f"opening {path}: its {what} is {kind}, and only SquashFS can be mounted")
+    squashfs.check_superblock(fd, descriptor.offset, descriptor.size, path)
+    return Image(path, "sif", fd, descriptor.offset, descriptor.size, parsed)
 
 
 FILE_SYSTEMS = {

@@ -6,8 +6,12 @@
         operation.execute(root)
 
 No path of a container is ever handed to the kernel as text: an image may hold any symbolic link at any place of it.  `Root`
-resolves it as chroot would, and the mount goes to the descriptor that comes out.  A mount point that the image lacks is made
-on a tmpfs or in an overlay of ours, never in the image and never on the host.
+resolves it as chroot would, and the mount goes to the descriptor that comes out.  Whatever has to be done to a mount is done
+before it gets there, on a place of ours: looked up once more, a path in a directory that somebody else can write to might lead
+elsewhere.
+
+A mount point that is missing is made on a tmpfs or in an overlay of ours, never in the image.  Where the user binds something
+into a directory of the host that is bound itself, it is made there, as there is no other place for it.
 
 Nothing is remounted nosuid or nodev: the payload has no_new_privs, and device files work for it as they do outside.
 """
@@ -59,6 +63,8 @@ class Root:
         self.writable = writable
         self._fixed = -1  # id of the mount in which nothing is made
         self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        self._lent: dict[str, tuple[int, int]] = {}  # target -> device and inode of binds in which mount points may be made
+        self._sealed: list[int] = []  # what has grown over something read-only
         self._grown = 0  # directories
         self._ours: set[int] = set()  # ids of mounts in which mount points can be made
         self._image: set[int] = set()  # ids of mounts that show the image
@@ -73,14 +79,16 @@ class Root:
         try:
             return kernel.openat2(self.fd, path, os.O_PATH, kernel.RESOLVE_IN_ROOT | kernel.RESOLVE_NO_MAGICLINKS)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EPERM):  # before Linux 5.6; a seccomp filter that does not know the call
+            # before Linux 5.6; a seccomp filter that does not know the call; ".." while somebody renames or mounts anything anywhere
+            if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EAGAIN):
                 raise
         return self._walk(path, None)
 
     def make(self, path: str, *, directory: bool) -> int:
         """As `find`; what is missing is made first, where that is possible.
 
-        Raises HostError where the missing part would have to be made in a directory of the host, OSError for the rest.
+        Raises HostError where the missing part would have to be made in a directory of the host that no bind on the way to
+        `path` has brought in, OSError for the rest.
         """
         try:
             return self.find(path)
@@ -90,6 +98,37 @@ class Root:
     def own(self, fd: int) -> None:
         """Let missing mount points be made in the mount that fd stands on."""
         self._ours.add(kernel.mount_id(fd))
+
+    def show(self, fd: int) -> None:
+        """Let missing mount points be made around the mount that fd stands on, which is read-only, as around the image."""
+        self._image.add(kernel.mount_id(fd))
+
+    def stage(self, *, directory: bool) -> str:
+        """An empty directory or file of ours; a mount is made on it and then moved to where it belongs."""
+        name = "stage" if directory else "stage.file"
+        try:
+            os.mkdir(name) if directory else os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            pass
+        return name
+
+    def lend(self, target: str, status: os.stat_result) -> None:
+        """Let mount points below `target` be made in what has been bound there, a directory of the host's with this status."""
+        self._lent[target] = status.st_dev, status.st_ino
+
+    def seal(self) -> None:
+        """Make read-only what has grown over something read-only; called when everything is mounted."""
+        for fd in self._sealed:
+            kernel.make_read_only(fd, below=False)
+
+    def make_fitting(self, path: str, *, directory: bool) -> int:
+        """As `make`, for a mount of a directory or a file, which takes one of the same kind.  Raises HostError for another."""
+        fd = self.make(path, directory=directory)
+        if stat.S_ISDIR(os.fstat(fd).st_mode) != directory:
+            os.close(fd)
+            there, comes = ("file", "directory") if directory else ("directory", "file")
+            raise HostError(f"mounting on {escaped(path)}: the container has a {there} there, and a {comes} cannot cover it")
+        return fd
 
     def use(self, status: os.stat_result) -> None:
         """Remember what has been mounted, for `is_used`."""
@@ -102,9 +141,9 @@ class Root:
 
     def become(self) -> None:
         """Make it the root of this mount namespace, of which nothing else is left then, and stand in it.  Raises OSError."""
+        os.chroot(".")
         os.chdir(self.path)  # and not self.fd, which in a copy of the namespace is still of the first one
-        kernel.pivot_root(".", ".")  # the old root now lies on top of the new one, and our tmpfs on top of that
-        kernel.umount2(".", kernel.MNT_DETACH)
+        kernel.pivot_root(".", ".")  # our tmpfs, with the host below it, now lies on top of the new root
         kernel.umount2(".", kernel.MNT_DETACH)
         os.chdir("/")
 
@@ -153,14 +192,31 @@ class Root:
             self._grow(trail)
         elif mount == self._fixed:
             raise Missing(f"mounting on {escaped(path)}: the image has no such place, and none is made where writes last", "make it first")
-        elif mount not in self._ours:
+        elif mount not in self._ours and not self._is_lent(mount, path):
             inside = escaped("/".join(part for part, _ in trail))
             raise HostError(f"mounting on {escaped(path)}: {inside} is a directory of the host and has no {escaped(name)}", "make it first")
         here = trail[-1][1]
-        if directory:
-            os.mkdir(name, 0o755, dir_fd=here)
-        else:
-            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=here))
+        try:
+            if directory:
+                os.mkdir(name, 0o755, dir_fd=here)
+            else:
+                os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=here))
+        except FileExistsError:  # another container with the same binds was faster
+            pass
+
+    def _is_lent(self, mount: int, path: str) -> bool:
+        """Whether the mount of that id is a bind above `path` in which mount points may be made.
+
+        The image's links can lead a path into a directory of the host, but to no mount that stands above the path as it is written.
+        """
+        while path := path.rpartition("/")[0]:
+            if path in self._lent:
+                fd = self.find(path)
+                status, known = os.fstat(fd), kernel.mount_id(fd)
+                os.close(fd)
+                if known == mount and self._lent[path] == (status.st_dev, status.st_ino):
+                    return True
+        return False
 
     def _grow(self, trail: list[tuple[str, int]]) -> None:
         """Cover the directory at the end of the trail by one of ours with the same entries; the trail then ends in that."""
@@ -173,10 +229,13 @@ class Root:
         # an overlay does not show what is mounted below the directory already, and not every kernel gives it to a user
         bound = len(children) <= FEW or bool(self._used) or not self._overlay(old, ours)
         if bound:
-            kernel.mount(ours, kernel.magic(old), "", kernel.MS_BIND)
-        new = os.open(name, os.O_PATH, dir_fd=trail[-2][1]) if name else os.open(self.path, os.O_PATH)
+            kernel.mount(ours, ours, "", kernel.MS_BIND)
+        new = os.open(ours, os.O_PATH)
+        kernel.mount(ours, kernel.magic(old), "", kernel.MS_MOVE)
         trail[-1] = name, new
         self.own(new)
+        if self.writable:
+            self._sealed.append(os.dup(new))
         if not name:
             os.close(self.fd)
             self.fd = os.dup(new)
@@ -190,7 +249,7 @@ class Root:
         os.mkdir(work)
         try:
             options = f"lowerdir={kernel.magic(old)},upperdir={upper},workdir={work},userxattr"
-            kernel.mount("overlay", kernel.magic(old), "overlay", PRIVATE, options)
+            kernel.mount("overlay", upper, "overlay", PRIVATE, options)
         except OSError:
             return False
         return True
@@ -297,20 +356,26 @@ class Bind(Operation):
 
     def execute(self, root: Root) -> None:
         status = os.stat(self.source)
-        target = root.make(self.target, directory=stat.S_ISDIR(status.st_mode))
+        target = root.make_fitting(self.target, directory=stat.S_ISDIR(status.st_mode))
         try:
             if self.unless_visible and os.path.samestat(os.fstat(target), status):
                 return
             if self.optional and not self.unless_visible and root.is_used(target):
                 return
-            kernel.mount(self.source, kernel.magic(target), "", kernel.MS_BIND | kernel.MS_REC)
+            if self.read_only:
+                stage = root.stage(directory=stat.S_ISDIR(status.st_mode))
+                kernel.mount(self.source, stage, "", kernel.MS_BIND | kernel.MS_REC)
+                covering = os.open(stage, os.O_PATH)
+                kernel.make_read_only(covering, below=True)
+                root.show(covering)
+                os.close(covering)
+                kernel.mount(stage, kernel.magic(target), "", kernel.MS_MOVE)
+            else:
+                kernel.mount(self.source, kernel.magic(target), "", kernel.MS_BIND | kernel.MS_REC)
+                root.lend(self.target, status)
             root.use(status)
         finally:
             os.close(target)
-        if self.read_only:
-            covering = root.find(self.target)
-            kernel.make_read_only(covering, below=True)
-            os.close(covering)
 
 
 class Tmpfs(Operation):
@@ -338,15 +403,17 @@ class Tmpfs(Operation):
 
     def cover(self, root: Root) -> int:
         """Mount it and give back a descriptor of it, which stays open until execve; -1 where it was left out."""
-        target = root.make(self.target, directory=True)
+        target = root.make_fitting(self.target, directory=True)
         try:
             if self.optional and root.is_used(target):
                 return -1
             options = f"mode={self.mode:o}" + (f",size={self.size}" if self.size else "")
-            kernel.mount("tmpfs", kernel.magic(target), "tmpfs", PRIVATE, options)
+            stage = root.stage(directory=True)
+            kernel.mount("tmpfs", stage, "tmpfs", PRIVATE, options)
+            covering = os.open(stage, os.O_PATH)
+            kernel.mount(stage, kernel.magic(target), "", kernel.MS_MOVE)
         finally:
             os.close(target)
-        covering = root.find(self.target)
         root.own(covering)
         root.use(os.fstat(covering))
         return covering
@@ -357,24 +424,27 @@ class Dev(Tmpfs):
 
     Arguments:
         console: the caller's terminal, which is not among those; "" for none.
+        terminals: whether there are any.
         ipc: whether message queues are the container's own; then it shows them.
     """
 
     DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-    LINKS = (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"), ("ptmx", "pts/ptmx"))
-    DIRECTORIES = (("pts", "devpts", "newinstance,ptmxmode=0666,mode=620"), ("shm", "tmpfs", "mode=1777"))
+    LINKS = (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"))
 
-    MQUEUE = ("mqueue", "mqueue", "")
+    __slots__ = ("console", "ipc", "terminals")
 
-    __slots__ = ("console", "ipc")
-
-    def __init__(self, target: str = "/dev", *, console: str = "", ipc: bool = False) -> None:
+    def __init__(self, target: str = "/dev", *, console: str = "", terminals: bool = True, ipc: bool = False) -> None:
         super().__init__(target)
-        self.console = console
-        self.ipc = ipc
+        self.console, self.terminals, self.ipc = console, terminals, ipc
 
     def describe(self) -> str:
-        return f"dev {self.target} {' '.join(self.DEVICES)}" + (f" console={self.console}" if self.console else "")
+        console = [f"console={self.console}"] if self.console else []
+        return " ".join(("dev", self.target, *self.DEVICES, *(name for name, _, _ in self._directories()), *console))
+
+    def _directories(self) -> list[tuple[str, str, str]]:
+        """Name, type of file system and its options."""
+        pts = [("pts", "devpts", "newinstance,ptmxmode=0666,mode=620")] if self.terminals else []
+        return [*pts, ("shm", "tmpfs", "mode=1777"), *([("mqueue", "mqueue", "")] if self.ipc else [])]
 
     def execute(self, root: Root) -> None:
         here = self.cover(root)
@@ -384,9 +454,9 @@ class Dev(Tmpfs):
         for source, name in binds:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=here))
             kernel.mount(source, f"{kernel.magic(here)}/{name}", "", kernel.MS_BIND)
-        for name, target in self.LINKS:
+        for name, target in (*self.LINKS, *([("ptmx", "pts/ptmx")] if self.terminals else [])):
             os.symlink(target, name, dir_fd=here)
-        for name, fstype, options in (*self.DIRECTORIES, *((self.MQUEUE,) if self.ipc else ())):
+        for name, fstype, options in self._directories():
             os.mkdir(name, dir_fd=here)
             kernel.mount(fstype, f"{kernel.magic(here)}/{name}", fstype, kernel.MS_NOSUID | kernel.MS_NOEXEC, options)
 
@@ -443,15 +513,20 @@ class Edit(Operation):
             os.close(file)
             if len(content) == LARGEST_FILE:
                 raise ImageError(f"reading the image's {self.target}: not smaller than {LARGEST_FILE} bytes")
-            edited = self.target.replace("/", "_")
-            file = os.open(edited, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            try:
-                os.write(file, self.change(content))
-            finally:
-                os.close(file)
-            kernel.mount(edited, kernel.magic(target), "", kernel.MS_BIND)
+            write_over(target, self.target, self.change(content))
         finally:
             os.close(target)
+
+
+def write_over(target: int, path: str, content: bytes) -> None:
+    """Mount a file with that content over `target`, a descriptor of what is at `path`."""
+    name = path.replace("/", "_")
+    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.write(file, content)
+    finally:
+        os.close(file)  # open for writing it would keep what we stand in from becoming read-only
+    kernel.mount(name, kernel.magic(target), "", kernel.MS_BIND)
 
 
 def order(operations: Iterable[Operation]) -> list[Operation]:

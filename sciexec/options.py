@@ -104,22 +104,22 @@ OPTIONS = (
     Option("bind", "--bind -B", LIST, "show a path of the host inside; OPTS: ro, rw, image-src=PATH, id=N", "BIND BINDPATH",
            metavar="SRC[:DEST[:OPTS]],..."),
     Option("mount", "--mount", LIST, "the same as comma-separated values: type=bind,src=PATH,dst=PATH[,ro][,image-src=PATH]", "MOUNT",
-           metavar="CSV", state=LATER),
-    Option("data", "--data", LIST, "show a data image, or a data partition of IMAGE by its name", "DATA", metavar="FILE|NAME[:DEST]",
-           state=LATER),
+           metavar="CSV"),
+    Option("data", "--data", LIST, "show a data image, or a data partition of IMAGE by its name [/data/NAME]", "DATA",
+           metavar="FILE|NAME[:DEST]"),
     Option("home", "--home -H", VALUE, "home directory, and where it appears inside", "HOME", metavar="SRC[:DEST]"),
     Option("no_home", "--no-home", FLAG, "leave the home directory outside", "NO_HOME"),
     Option("no_mount", "--no-mount", LIST, "leave out: proc, sys, dev, devpts, home, tmp, hostfs, cwd, bind-paths or a path", "NO_MOUNT",
-           metavar="NAME,...", state=LATER),
+           metavar="NAME,..."),
     Option("cwd", "--pwd --cwd", VALUE, "directory inside to start in", "PWD TARGET_PWD CWD TARGET_CWD", metavar="PATH"),
-    Option("workdir", "--workdir -W", VALUE, "where /tmp, /var/tmp, home and scratch directories are, if contained", "WORKDIR",
-           metavar="PATH", state=LATER),
-    Option("scratch", "--scratch -S", LIST, "an empty directory inside, gone at the end", "SCRATCH SCRATCHDIR", metavar="PATH,...",
-           state=LATER),
+    Option("workdir", "--workdir -W", VALUE, "keep scratch directories there, and with --contain /tmp, /var/tmp and home", "WORKDIR",
+           metavar="PATH"),
+    Option("scratch", "--scratch -S", LIST, "an empty directory inside, gone at the end unless --workdir keeps it", "SCRATCH SCRATCHDIR",
+           metavar="PATH,..."),
     Option("cleanenv", "--cleanenv -e", FLAG, "leave the host's environment outside", "CLEANENV"),
     Option("env", "--env", LIST, "set variables inside", metavar="NAME=VALUE,..."),
-    Option("env_file", "--env-file", LIST, "set the variables that this shell script sets", "ENV_FILE", metavar="PATH", state=LATER),
-    Option("no_env", "--no-env", LIST, "leave variables of the host outside", "NOENV", metavar="NAME,...", state=LATER),
+    Option("env_file", "--env-file", LIST, "set the variables that files assign, as a shell script would", "ENV_FILE", metavar="PATH,..."),
+    Option("no_env", "--no-env", LIST, "leave variables of the host outside", "NOENV NO_ENV", metavar="NAME,..."),
     Option("no_eval", "--no-eval", FLAG, "no shell reads arguments and variables (images made by sciexec: always)", "NO_EVAL"),
     Option("contain", "--contain -c", FLAG, "own /tmp, /var/tmp, home and a minimal /dev", "CONTAIN"),
     Option("containall", "--containall -C", FLAG, "--contain --cleanenv --pid --ipc", "CONTAINALL"),
@@ -140,8 +140,8 @@ OPTIONS = (
     Option("hostname", "--hostname", VALUE, "own host name, this one", "HOSTNAME", metavar="NAME"),
     Option("net", "--net -n", FLAG, "own network: with --network none, the loopback alone", "NET UNSHARE_NET"),
     Option("network", "--network", VALUE, "which: none is the one that needs no privileges", "NETWORK", metavar="NAME"),
-    Option("dns", "--dns", VALUE, "name servers for /etc/resolv.conf", "DNS", metavar="ADDRESS,...", state=LATER),
-    Option("app", "--app", VALUE, "the SCIF application to run", "APP APPNAME", metavar="NAME", state=LATER),
+    Option("dns", "--dns", VALUE, "name servers for /etc/resolv.conf", "DNS", metavar="ADDRESS,..."),
+    Option("app", "--app", VALUE, "the SCIF application of the image to run, or to run in", "APP APPNAME", metavar="NAME"),
     Option("security", "--security", LIST, "be another user or group inside", "SECURITY", metavar="uid:N|gid:N"),
     Option("add_caps", "--add-caps", VALUE, "keep capabilities; they count inside only", "ADD_CAPS", metavar="CAP_NAME,...|all"),
     Option("drop_caps", "--drop-caps", VALUE, "drop capabilities, with --fakeroot or --add-caps", "DROP_CAPS", metavar="CAP_NAME,...|all"),
@@ -458,16 +458,16 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
     found += [bind for given in texts("mount") for bind in spelling.mounts(given)]
     options.binds = list(dict.fromkeys(found))  # said twice is said once
     options.bound = ",".join(texts("bind"))
-    options.data = [spelling.data(word) for word in words(*texts("data"))]
+    options.data = [spelling.data(word) for given in texts("data") for word in spelling.fields(given, ",") if word]
     home = text("home")
     options.home = spelling.home_pair(home) if home else None
     options.cwd = text("cwd")
     options.no_mount = [spelling.no_mount(word) for word in words(*texts("no_mount"))]
     workdir = text("workdir")
     options.workdir = spelling.absolute(workdir) if workdir else None
-    options.scratch = [spelling.inside("--scratch", word) for word in words(*texts("scratch"))]
+    options.scratch = [spelling.inside("--scratch", word, word) for word in words(*texts("scratch"))]
     options.env = [pair for given in texts("env") for pair in spelling.assignments(given)]
-    options.env_files = [spelling.absolute(path) for path in texts("env_file") if path]
+    options.env_files = [spelling.absolute(path) for path in words(*texts("env_file"))]
     options.no_env = words(*texts("no_env"))
     options.overlays = [spelling.overlay(word) for word in words(*texts("overlay"))]
     size = text("tmpfs_size")
@@ -477,7 +477,7 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
     options.hostname = spelling.hostname(hostname) if hostname else None
     options.uts = options.uts or bool(options.hostname)
     options.net = spelling.is_net(options.net, text("network"))
-    options.dns = words(text("dns"))
+    options.dns = [spelling.address(word) for word in words(text("dns"))]
     options.uid, options.gid = spelling.security(words(*texts("security")))
     options.add_caps = [spelling.capability(word) for word in words(text("add_caps"))]
     options.drop_caps = [spelling.capability(word) for word in words(text("drop_caps"))]

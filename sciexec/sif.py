@@ -211,7 +211,9 @@ class Sif:
         for descriptor in self.descriptors:
             if descriptor.parttype == PART_PRIMARY:
                 return descriptor
-        raise ImageError(f"opening {self.name}: the SIF holds no primary system partition")
+        data = any(descriptor.parttype == PART_DATA for descriptor in self.descriptors)
+        hint = "it holds data: --data shows them in a container" if data else ""
+        raise ImageError(f"opening {self.name}: the SIF holds no primary system partition", hint)
 
 
 def architecture(code: bytes) -> str:
@@ -352,15 +354,16 @@ class Builder:
         """Where the file system begins, in bytes; final once everything is added."""
         return -(-self._end // PARTITION_ALIGNMENT) * PARTITION_ALIGNMENT
 
-    def finish(self, partition_size: int, *, fs: int = FS_SQUASHFS, parttype: int = PART_PRIMARY) -> None:
+    def finish(self, partition_size: int, *, fs: int = FS_SQUASHFS, parttype: int = PART_PRIMARY, name: str = "") -> None:
         """Describe the partition, whose bytes are in the file already, and write table and header.
 
         Arguments:
             partition_size: bytes, padding at its end included; the file is cut or extended to end there.
+            name: of the partition, at most 127 bytes in UTF-8.
         """
         offset = self.partition_offset()
         extra = PARTITION_EXTRA.pack(fs, parttype, self._arch)
-        self._describe(PARTITION, "", (offset, partition_size), extra, 1)
+        self._describe(PARTITION, name, (offset, partition_size), extra, 1)
         self._end = offset + partition_size
         os.ftruncate(self._fd, self._end)
         arch = self._arch if parttype == PART_PRIMARY else b"00\0"
@@ -413,6 +416,34 @@ class Builder:
         uuid[6] = uuid[6] & 0x0F | 0x80
         uuid[8] = uuid[8] & 0x3F | 0x80
         return bytes(uuid)
+
+
+def append_data(fd: int, sif: Sif, extent: tuple[int, int], *, name: str, created: int) -> None:
+    """Describe a SquashFS, whose bytes are at the end of the file already, as a data partition: its descriptor first, the header last.
+
+    Nothing that a signature covers is changed: the partition has a group of its own, to be signed by itself.
+
+    Arguments:
+        fd: the file, open for writing.  sif: what `read` said of it.
+        extent: offset and size in bytes.  name: at most 127 bytes in UTF-8.  created: seconds since 1970.
+    Raises ImageError where the table is full, OSError.
+    """
+    offset, size = extent
+    taken = {descriptor.id for descriptor in sif.descriptors}
+    number = next((number for number in range(1, sif.total + 1) if number not in taken), 0)
+    if not number:
+        raise ImageError(f"adding to {sif.name}: all of its {sif.total} descriptors are in use")
+    group = max((descriptor.group for descriptor in sif.descriptors), default=0) + 1
+    head = PARTITION, 1, number, GROUP_MASK | group, 0
+    padded_size = offset + size - sif.data_offset - sif.data_size
+    times = created, created
+    extra = PARTITION_EXTRA.pack(FS_SQUASHFS, PART_DATA, b"00\0")
+    raw = DESCRIPTOR.pack(*head, offset, size, padded_size, *times, 0, 0, name.encode("utf-8", "surrogateescape"), extra)
+    _write(fd, raw, sif.table_offset + (number - 1) * DESCRIPTOR.size)
+    header = bytearray(os.pread(fd, HEADER.size, 0))
+    counts = created, sif.free - 1, sif.total, sif.table_offset, sif.table_size, sif.data_offset, offset + size - sif.data_offset
+    header[72:] = struct.pack("<7q", *counts)  # modified and all behind it
+    _write(fd, bytes(header), 0)
 
 
 def add_partition(fd: int, sif: Sif, extent: tuple[int, int], *, fs: int, parttype: int, created: int) -> int:

@@ -10,6 +10,10 @@ import os
 from sciexec import kernel
 from sciexec.errors import HostError, UsageError, escaped
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 class Bind:
     """What --bind and --mount ask for.
@@ -62,13 +66,11 @@ def binds(text: str) -> list[Bind]:
         source, *rest = map(plain, fields(item, ":")[:2])
         source = absolute(source)
         target = rest[0] if rest and rest[0] else source
-        if not target.startswith("/"):
-            raise UsageError(f"--bind {escaped(item)}: the path inside must begin with a slash")
-        bind = Bind(source, normal(target))
+        bind = Bind(source, inside("--bind", item, target))
         for option in filter(None, given):
             if not is_bind_option(option):
                 raise UsageError(f"--bind {escaped(item)}: {escaped(option)} is neither ro, rw, image-src=PATH nor id=N", WRITTEN)
-            change(bind, "--bind", item, *option.partition("=")[::2])
+            change(bind, "--bind", item, *plain(option).partition("=")[::2])
         found.append(bind)
     return found
 
@@ -80,11 +82,12 @@ def is_bind_option(text: str) -> bool:
 def change(bind: Bind, name: str, item: str, key: str, value: str) -> None:
     """Put one option of a bind into it."""
     if key == "image-src":
-        bind.image_src = normal(plain(value))
+        bind.image_src = normal(f"/{value}")
     elif key == "id":
         if not value.isascii() or not value.isdigit() or int(value) < 1:
             raise UsageError(f"{name} {escaped(item)}: id={escaped(value)} is not the number of an object", "`sciexec sif list` shows them")
         bind.number = int(value)
+        bind.image_src = bind.image_src or "/"  # a file that is bound as it is has no objects
     else:
         bind.read_only = key == "ro"
 
@@ -93,10 +96,10 @@ MOUNT_KEYS = {"src": "source", "source": "source", "dst": "target", "destination
 
 
 def mounts(text: str) -> list[Bind]:
-    """What the lines of --mount ask for, each type=bind,source=PATH,destination=PATH[,ro][,image-src=PATH][,id=N] (RFC 4180)."""
+    """What the lines of --mount ask for, each [type=bind,]source=PATH,destination=PATH[,ro][,image-src=PATH][,id=N] (RFC 4180)."""
     found = []
-    for line in filter(None, text.split("\n")):
-        values = {"type": "", "source": "", "target": ""}
+    for line in records(text):
+        values = {"type": "bind", "source": "", "target": ""}
         bind = Bind("", "")
         for item in csv("--mount", line):
             key, _, value = item.partition("=")
@@ -114,9 +117,22 @@ def mounts(text: str) -> list[Bind]:
             raise UsageError(f"--mount {escaped(line)}: its type must be bind", "--mount type=bind,src=PATH,dst=PATH")
         if not values["source"] or not values["target"].startswith("/"):
             raise UsageError(f"--mount {escaped(line)}: it needs src=PATH and dst=/PATH", "--mount type=bind,src=PATH,dst=PATH")
-        bind.source, bind.target = absolute(values["source"]), normal(values["target"])
+        bind.source, bind.target = absolute(values["source"]), inside("--mount", line, values["target"])
         found.append(bind)
     return found
+
+
+def records(text: str) -> Iterator[str]:
+    """The lines of comma-separated values; a line break in quotes belongs to a value."""
+    record = ""
+    for line in text.split("\n"):
+        record = f"{record}\n{line}" if record else line
+        if record.count('"') % 2 == 0:
+            if record.strip():
+                yield record.rstrip("\r")
+            record = ""
+    if record:  # its last quote is not closed, which whoever reads it will say
+        yield record
 
 
 def data(text: str) -> tuple[str, str]:
@@ -124,7 +140,7 @@ def data(text: str) -> tuple[str, str]:
     parts = [plain(part) for part in fields(text, ":")]
     if not parts[0] or len(parts) > 2 or (len(parts) == 2 and not parts[1].startswith("/")):
         raise UsageError(f"--data {escaped(text)}: not FILE or NAME, with :DEST behind it", "DEST is a path inside and begins with a slash")
-    return parts[0], normal(parts[1]) if parts[1:] else ""
+    return parts[0], inside("--data", text, parts[1]) if parts[1:] else ""
 
 
 NO_MOUNT = ("proc", "sys", "dev", "devpts", "home", "tmp", "hostfs", "cwd", "bind-paths")
@@ -139,11 +155,26 @@ def no_mount(text: str) -> str:
     return text
 
 
-def inside(name: str, text: str) -> str:
-    """An absolute path inside."""
-    if not text.startswith("/"):
+def address(text: str) -> str:
+    """An address of IPv4, or of IPv6, with %INTERFACE behind it or not."""
+    import _socket  # here: few ask for it
+
+    for family in (_socket.AF_INET, _socket.AF_INET6):
+        try:
+            _socket.inet_pton(family, text.partition("%")[0] if family == _socket.AF_INET6 else text)
+        except (OSError, ValueError):
+            continue
+        return text
+    raise UsageError(f"--dns {escaped(text)}: not an address of IPv4 or IPv6")
+
+
+def inside(name: str, text: str, path: str) -> str:
+    """An absolute path inside, which something can be mounted on.  name, text: the option and its value, for an error."""
+    if not path.startswith("/"):
         raise UsageError(f"{name} {escaped(text)}: the path inside must begin with a slash")
-    return normal(text)
+    if normal(path) == "/":
+        raise UsageError(f"{name} {escaped(text)}: the root of the image cannot be covered", "a directory can be run as an image")
+    return normal(path)
 
 
 def overlay(text: str) -> tuple[str, bool]:

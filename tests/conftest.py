@@ -77,6 +77,16 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests counted (record_property("counted", TEXT)): of suites of others, how much passes here."""
+    reports = [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]
+    lines = [value for report in reports if report.when == "call" for name, value in report.user_properties if name == "counted"]
+    if lines:
+        terminalreporter.section("counted")
+    for line in sorted(lines):
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Leave the source tree: `python -c` and `-m` would import from it, and the tests are about what was installed."""

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import pytest
 
-from sciexec import isolation, kernel
+from sciexec import enter, isolation, kernel
 
 ENOSYS = 38
 
@@ -49,8 +49,7 @@ def inside(act: Callable[[], None], *, missing: tuple[int, ...] = ()) -> None:
             isolation.user_namespace(proc, f"0 {uid} 1", f"0 {gid} 1")
             kernel.unshare(kernel.CLONE_NEWNS)
             kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
-            kernel.mount("tmpfs", "/", "tmpfs", 0)
-            os.chdir("/..")
+            enter.stand_aside()
             if missing:
                 kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
                 kernel.seccomp(without(missing))
@@ -68,11 +67,11 @@ def inside(act: Callable[[], None], *, missing: tuple[int, ...] = ()) -> None:
         pytest.fail(f"in the namespace (status {status}):\n{text}", pytrace=False)
 
 
-def without(calls: tuple[int, ...]) -> bytes:
-    """A seccomp program under which these system calls answer ENOSYS, as on a kernel that lacks them."""
+def without(calls: tuple[int, ...], answer: int = ENOSYS) -> bytes:
+    """A seccomp program under which these system calls answer ENOSYS, as on a kernel that lacks them, or another error."""
     program = [(0x20, 0, 0, 0)]
     program += [(0x15, len(calls) - index, 0, call) for index, call in enumerate(calls)]
-    program += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | ENOSYS)]
+    program += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | answer)]
     return b"".join(struct.pack("@HBBI", *instruction) for instruction in program)
 
 

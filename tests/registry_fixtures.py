@@ -74,7 +74,7 @@ class LocalRegistry:
 @pytest.fixture(scope="session")
 def registry(need: Need, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRegistry]:
     """Plain http, anonymous; empty when the session begins, shared by all its tests: use names of your own."""
-    yield from _serve(need, tmp_path_factory.mktemp("registry"), None)
+    yield from serve(need, tmp_path_factory.mktemp("registry"), None)
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +82,11 @@ def secure_registry(
     need: Need, tmp_path_factory: pytest.TempPathFactory, certificate: Certificate
 ) -> Iterator[LocalRegistry]:  # fmt: skip
     """TLS and a password: trust it with REQUESTS_CA_BUNDLE={secure.certificate}, log in as username and password."""
-    yield from _serve(need, tmp_path_factory.mktemp("secure-registry"), certificate)
+    yield from serve(need, tmp_path_factory.mktemp("secure-registry"), certificate)
 
 
-def _serve(need: Need, directory: Path, secure: Certificate | None) -> Iterator[LocalRegistry]:
+def serve(need: Need, directory: Path, secure: Certificate | None) -> Iterator[LocalRegistry]:
+    """A docker-registry whose files are in `directory`, until the iterator goes on."""
     program, skopeo = need("docker-registry", "skopeo"), need("skopeo")
     for _ in range(3):  # another process may take the port between our look and the server's bind
         host = f"127.0.0.1:{_free_port()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import sciexec as package
+from sciexec import options
 
 TREE = Path(__file__).resolve().parent.parent
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -68,9 +70,64 @@ def test_help(sciexec: Command, words: list[str]) -> None:
 def test_help_of_a_command_shows_what_there_is_and_nothing_else(sciexec: Command) -> None:
     done = sciexec("exec", "--help")
     assert done.stdout == sciexec("help", "exec").stdout == sciexec("exec", "-e", "--help", "img").stdout
+    assert sciexec("help", "sif", "list").stdout.startswith("Usage: sciexec sif list ")
     assert "--bind" in done.stdout
     assert "SCIEXEC_BIND" in done.stdout
     assert "--nv" not in done.stdout
+
+
+EVERY_HELP = """
+import sys
+from sciexec import cli, help
+import click
+for command in help.tree(cli.commands, click.Context(cli.commands)):
+    print(f"\\f{command.path}")
+    cli.main("sciexec", [*command.path.split(), "--help"])
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_help_of_every_command_is_there_and_fits(columns: int) -> None:
+    done = call(sys.executable, "-c", EVERY_HELP, env={"PYTHONPATH": str(TREE), "COLUMNS": str(columns)})
+    assert (done.returncode, done.stderr) == (0, "")
+    texts = dict(text.split("\n", 1) for text in done.stdout.split("\f")[1:])
+    assert {"", "exec", "instance list", "sif dump", "alias install", "run-help"} <= set(texts)
+    assert len(texts) >= 30
+    for path, text in texts.items():
+        assert text.startswith(f"Usage: sciexec {path}".strip() + " "), path
+        assert max(map(len, text.splitlines())) <= min(100, columns), path
+        if columns >= 100:
+            lists = re.findall(r"^(?:Commands|Runs|Images|This host|Others):\n((?:  .*\n)+)", text, re.M)
+            assert not re.search(r"\.\.\.$", "".join(lists), re.M), path  # cut off
+
+
+def test_every_option_of_a_run_stands_under_a_heading_with_its_variable(sciexec: Command) -> None:
+    text = sciexec("shell", "--help").stdout
+    headings = re.findall(r"^(\w.*):$", text, re.M)
+    assert headings[:2] == ["Files of the host", "Environment"]
+    assert headings[-1] == "Messages"
+    for option in options.rows("shell"):
+        shown = re.search(rf"^  (?:-\w, )?{option.names[0]}[ ,]", text, re.M)
+        assert bool(shown) is (option.state == options.READY), option.names
+        if shown and option.keys:
+            assert f"[SCIEXEC_{option.keys[0]}]" in text
+    assert "SCIEXEC_X sets an option" in text
+
+
+def test_the_name_that_was_called_is_the_name_in_help_and_errors(alias: Path) -> None:
+    name = alias.name
+    assert call(alias, "--help").stdout.startswith(f"Usage: {name} [OPTIONS] COMMAND")
+    assert call(alias, "exec", "--help").stdout.startswith(f"Usage: {name} exec [OPTIONS] IMAGE COMMAND")
+    assert call(alias, "exec", "--nosuch", "i", "c").stderr.endswith(f"\n       see `{name} exec --help`\n")
+    assert f"`{name} inspect --list-apps IMAGE`" in call(alias, "exec", "--app", "a/b", TREE, "c").stderr
+    assert call(alias, "nosuch").stderr.startswith(f"FATAL: {name}: No such command 'nosuch'")
+
+
+def test_a_command_as_singularity_2_wrote_it(sciexec: Command) -> None:
+    assert sciexec("sif.list", "/no/image").stderr == "FATAL: opening /no/image: no such file or directory\n"
+    assert sciexec("sif.list", "--help").stdout.startswith("Usage: sciexec sif.list")
+    for name in ("sif.nosuch", "exec.list", ".list", "sif."):
+        assert "No such command" in sciexec(name).stderr
 
 
 @pytest.mark.parametrize(
@@ -82,7 +139,7 @@ def test_help_of_a_command_shows_what_there_is_and_nothing_else(sciexec: Command
         (["exec"], "sciexec exec: Missing argument 'IMAGE'", "see `sciexec exec --help`"),
         (["exec", "img"], "sciexec exec: Missing argument 'COMMAND", "see `sciexec exec --help`"),
         (["exec", "--nv", "img", "c"], "--nv is an option of Apptainer that this release of sciexec lacks", "`sciexec run --help`"),
-        (["exec", "--mount", "x", "img", "c"], "--mount is an option of Apptainer", "`sciexec run --help`"),
+        (["exec", "--mount", "x", "img", "c"], "--mount x: x is no key of a bind mount", "src, dst, ro"),
         (["exec", "-w", "img", "c"], "--writable is an option of Apptainer", "`sciexec run --help`"),
         (["exec", "-B", "/a:b", "img", "c"], "--bind /a:b: the path inside must begin with a slash", ""),
     ],
@@ -201,7 +258,8 @@ def test_as_nextflow_calls_it(sciexec_path: Path, rootfs: Path, tmp_path: Path) 
     line = f"env - PATH='{tmp_path}:/usr/bin:/bin' SINGULARITYENV_X='a b;$HOME' singularity exec --no-home -B {tmp_path} {rootfs} "
     line += "/bin/sh -c 'cd /; echo \"$X\"'"
     done = call("/bin/sh", "-c", line, env={"PATH": "/usr/bin:/bin"}, cwd=tmp_path)
-    assert (done.stdout, done.stderr, done.returncode) == ("a b;$HOME\n", "", 0)
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    assert (done.stdout, done.stderr, done.returncode) == (f"a b;{home}\n", "", 0)  # evaluated, as Apptainer does
 
 
 def test_the_python_of_the_caller_is_not_ours(sciexec_path: Path, rootfs: Path, tmp_path: Path) -> None:

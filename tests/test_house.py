@@ -19,13 +19,13 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 
 # Ground floor first.
 SCIEXEC = """
-    __init__ errors kernel squashfs ext3 sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options environment host sources
-    fuse mounts overlay sinit stack fusemount limits isolation gpu mpi enter share relay data run instance stats launch join inspect blank
-    doctor switch cli __main__
+    __init__ errors kernel squashfs ext3 sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options scripts assignments
+    environment host sources fuse mounts own overlay sinit stack fusemount limits isolation gpu mpi enter share relay data run instance
+    stats launch join inspect blank doctor switch completion help cli __main__
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci
-    inflate metadata layers output sandbox pull definition dockerfile fakeroot build signing push
+    inflate metadata layers output sandbox pull definition dockerfile fakeroot build data signing push
 """.split()
 FLOORS = [f"sciexec.{room}" for room in SCIEXEC if room not in ("cli", "__main__")]
 FLOORS += [f"convert.{room}" for room in CONVERT]
@@ -33,7 +33,8 @@ FLOORS += ["sciexec.cli", "sciexec.__main__"]
 
 # What a run may load: its start is the product's first budget (bare interpreter 9 ms; re, json or typing would add as much again).
 HOT = """
-    __init__ __main__ errors kernel squashfs sif image sources spelling options environment host mounts overlay isolation mpi enter run
+    __init__ __main__ errors kernel squashfs sif image sources spelling options scripts assignments environment host mounts overlay
+    isolation mpi enter run
 """.split()
 HOT_LIBRARY = {"__future__", "gc", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal",
                "socket", "_socket", "_sha2", "_sha256", "posix", "fcntl", "pwd", "grp", "resource", "select"}

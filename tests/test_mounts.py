@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from namespace_fixtures import inside
+from namespace_fixtures import inside, without
 
 from sciexec import kernel
 from sciexec.errors import HostError
@@ -44,7 +45,7 @@ def test_every_operation_says_what_it_is() -> None:
         "bind /a\\n /b\\x1b",
         "tmpfs /tmp mode=1777",
         "tmpfs /s mode=755 size=4096",
-        "dev /dev null zero full random urandom tty console=/dev/pts/3",
+        "dev /dev null zero full random urandom tty pts shm console=/dev/pts/3",
         "edit /etc/passwd with uid 7",
     ]
     assert Squash(3, 4096, "a.sif", "/usr/bin/squashfuse_ll").describe() == "squashfs a.sif offset=4096 served by /usr/bin/squashfuse_ll"
@@ -160,11 +161,41 @@ def test_a_directory_can_grow_after_something_is_mounted_below_it(tree: Path, da
 
 
 @EVERY_KERNEL
-def test_nothing_is_made_in_a_directory_of_the_host(tree: Path, data: Path, missing: tuple[int, ...]) -> None:
+def test_nothing_is_made_in_a_directory_of_the_host_to_which_a_link_of_the_image_leads(
+    tree: Path, data: Path, missing: tuple[int, ...]
+) -> None:
+    """It is made there only where the path itself says so, in a bind that can be written to."""
+    (tree / "link").symlink_to("data")
+    (tree / "data").mkdir()
+
     def act() -> None:
         root = mounted(tree)
         with pytest.raises(HostError, match="directory of the host and has no sub"):
-            carried_out(root, Bind(str(data), "/data"), Bind(str(data / "file"), "/data/sub/file"))
+            carried_out(root, Bind(str(data), "/data"), Bind(str(data / "file"), "/link/sub/file"))
+
+    inside(act, missing=missing)
+    assert os.listdir(data) == ["file"]
+
+
+@EVERY_KERNEL
+def test_what_is_bound_into_a_bind_gets_its_place_there(tree: Path, data: Path, missing: tuple[int, ...]) -> None:
+    def act() -> None:
+        root = mounted(tree)
+        carried_out(root, Bind(str(data), "/data"), Bind(str(data / "file"), "/data/sub/file"))
+        assert text(root, "/data/sub/file") == "host's"
+
+    inside(act, missing=missing)
+    assert (data / "sub/file").read_bytes() == b""
+
+
+@EVERY_KERNEL
+def test_what_is_bound_into_a_read_only_bind_gets_its_place_around_it(tree: Path, data: Path, missing: tuple[int, ...]) -> None:
+    def act() -> None:
+        root = mounted(tree)
+        carried_out(root, Bind(str(data), "/data", read_only=True), Bind(str(data / "file"), "/data/sub/deep/file"))
+        assert text(root, "/data/sub/deep/file") == text(root, "/data/file") == "host's"
+        with pytest.raises(OSError, match="Read-only"):
+            os.open("file", os.O_RDWR, dir_fd=root.find("/data"))
 
     inside(act, missing=missing)
     assert os.listdir(data) == ["file"]
@@ -198,6 +229,19 @@ def test_links_of_the_image_lead_nowhere_but_into_the_image(tmp_path: Path, data
 
     inside(act, missing=missing)
     assert os.listdir(outside) == []
+
+
+def test_a_path_is_found_while_the_host_is_busy(tree: Path, data: Path) -> None:
+    """The kernel gives up on ".." when anything was renamed or mounted meanwhile, and leaves it to the caller to try again."""
+
+    def act() -> None:
+        root = mounted(tree)
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+        kernel.seccomp(without((kernel.OPENAT2,), errno.EAGAIN))
+        carried_out(root, Bind(str(data), "/usr/lib/../share"))
+        assert text(root, "/usr/share/file") == "host's"
+
+    inside(act)
 
 
 @EVERY_KERNEL

@@ -130,8 +130,14 @@ GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fuse
 
 # values of options that do not take any text
 VALUES = {
+    "share": ["step", "off"],
     "bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"],
+    "mount": ["type=bind,src=/a,dst=/b", 'src=/a,"dst=/b,c",ro'],
+    "data": ["/a", "/a:/b,c"],
     "home": ["/h", "/h:/i"],
+    "no_mount": ["tmp", "cwd,/etc/hosts"],
+    "scratch": ["/s", "/s,/t"],
+    "dns": ["10.0.0.1", "10.0.0.1,fe80::1"],
     "env": ["A=1", "A=1,B=2"],
     "hostname": ["box", "node-1.example.org"],
     "network": ["none"],
@@ -223,6 +229,7 @@ def test_what_the_fast_reader_takes_click_takes_too(words: list[str]) -> None:
         (r"/a\,b:/c\:d", [Bind("/a,b", "/c:d", False)]),
         (r"/a\:b", [Bind("/a:b", "/a:b", False)]),
         (r"/a\b", [Bind("/a\\b", "/a\\b", False)]),
+        ("/a/..:/b", [Bind("/a/..", "/b", False)]),
         ("/a//b/../c/:/d//e/../f/.", [Bind("/a//b/../c/", "/d/f", False)]),
         ("//a", [Bind("//a", "/a", False)]),
         ("/a b:/c d", [Bind("/a b", "/c d", False)]),
@@ -247,7 +254,7 @@ def test_a_relative_source_is_seen_from_here(tmp_path: Path, monkeypatch: pytest
         spelling.binds("a")
 
 
-@pytest.mark.parametrize("text", ["/a:b", "/a:/b:ro:rw", "/a:/b:xx", ":/b", "/a:/b:id=0", "/a:/b:id=x", "/a,b:c"])
+@pytest.mark.parametrize("text", ["/a:b", "/a:/", "/", "/a:/b/..", "/a:/b:ro:rw", "/a:/b:xx", ":/b", "/a:/b:id=0", "/a:/b:id=x", "/a,b:c"])
 def test_binds_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError, match="^--bind "):
         spelling.binds(text)
@@ -340,7 +347,7 @@ def test_the_command_line_beats_a_variable_and_binds_are_put_together() -> None:
     assert parsed("shell i", {"SINGULARITY_SHELL": "/bin/zsh"}).shell == "/bin/zsh"
 
 
-@pytest.mark.parametrize(("name", "value", "option"), [("APPTAINER_NV", "1", "--nv"), ("SINGULARITY_WORKDIR", "/w", "--workdir")])
+@pytest.mark.parametrize(("name", "value", "option"), [("APPTAINER_NV", "1", "--nv"), ("SINGULARITY_PLATFORM", "/w", "--platform")])
 def test_a_variable_of_an_option_that_is_not_there_is_refused(name: str, value: str, option: str) -> None:
     with pytest.raises(UsageError, match=rf"^{name} \(which means {option}\)"):
         parsed("exec i c", {name: value})

@@ -59,6 +59,43 @@ def test_what_apptainer_makes_runs_here(sciexec: Command, ours: Path, shared: Pa
     assert sciexec("exec", theirs, "sh", "-c", "exit 37").returncode == 37
 
 
+@pytest.mark.parametrize("compression", ["zstd", "gzip"])
+def test_apptainer_shows_our_data(sciexec: Command, ours: Path, shared: Path, tmp_path: Path, compression: str) -> None:
+    (tmp_path / "era5/sub").mkdir(parents=True)
+    (tmp_path / "era5/sub/t2m").write_text("271.5\n")
+    data = shared / "data.sif"
+    assert sciexec("data", "package", "--force", "--compression", compression, tmp_path / "era5", data).returncode == 0
+    assert sciexec("data", "add", ours, tmp_path / "era5").returncode == 0
+    number = str(len(sciexec("sif", "list", ours).stdout.splitlines()) - 3)
+    for image, part in ((data, ""), (ours, ""), (ours, f",id={number}")):
+        binds = f"{image}:/data:image-src=/{part}", f"{image}:/t2m:image-src=/sub/t2m{part}"
+        done = apptainer("exec", "-B", binds[0], "-B", binds[1], ours, "cat", "/t2m")
+        assert (done.returncode, done.stdout) == (0, "271.5\n"), done.stderr
+    done = apptainer("exec", "--mount", f"type=bind,src={data},dst=/d,image-src=/sub", ours, "ls", "/d")
+    assert (done.returncode, done.stdout) == (0, "t2m\n"), done.stderr
+
+
+def test_its_signature_survives_our_data(sciexec: Command, ours: Path, shared: Path, tmp_path: Path, need: Need) -> None:
+    signed, private, public = (shared / name for name in ("signed.sif", "private.pem", "public.pem"))
+    signed.unlink(missing_ok=True)
+    openssl = need("openssl")
+    subprocess.run([openssl, "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private], check=True, capture_output=True)
+    subprocess.run([openssl, "pkey", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
+    private.chmod(0o644)  # it signs this one file
+    for words in (("build", signed, ours), ("sign", "--key", private, signed), ("verify", "--key", public, signed)):
+        done = apptainer(*words)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "era5").mkdir()
+    assert sciexec("data", "add", signed, tmp_path / "era5").returncode == 0
+    signed.chmod(0o666)  # the other side may be another user
+    words = "--key", public, signed
+    done = apptainer("verify", *words)
+    assert "signature not found for object group 2" in done.stderr  # the data are new, and say so
+    assert apptainer("verify", "--group-id", "1", *words).returncode == 0
+    assert apptainer("sign", "--group-id", "2", "--key", private, signed).returncode == 0
+    assert apptainer("verify", *words).returncode == 0
+
+
 @pytest.fixture
 def bare(sciexec: Command, rootfs: Path, shared: Path, need: Need) -> Path:
     """An image that both sides may run as anybody."""

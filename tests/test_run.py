@@ -289,6 +289,13 @@ def test_pwd_goes_there(sciexec: Command, image: Path) -> None:
     assert sciexec("exec", "--pwd", "/usr/lib", image, "sh", "-c", 'pwd; echo "$PWD"').stdout == "/usr/lib\n/usr/lib\n"
 
 
+def test_pwd_has_the_name_that_was_asked_for(sciexec: Command, image: Path, tmp_path: Path) -> None:
+    """Also where the caller's directory is the same one under another name."""
+    words = ["--bind", f"{tmp_path}:/mnt", "--pwd", "/mnt", image, "sh", "-c", "pwd"]
+    done = sciexec("exec", *words, cwd=tmp_path, env={"PWD": str(tmp_path)})
+    assert done.stdout == "/mnt\n"
+
+
 def test_contain_keeps_the_host_outside(sciexec: Command, image: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").touch()
     home = host.Host().home

@@ -21,17 +21,22 @@ RANKS = 6
 WHERE = "readlink /proc/self/ns/mnt; readlink /proc/self/ns/user"
 
 
-def keepers() -> set[int]:
-    """Process ids of this user's keepers."""
+def keepers(image: Path) -> set[int]:
+    """Process ids of the keepers of containers of an image."""
     found = set()
     for entry in Path("/proc").iterdir():
         try:
-            ours = entry.name.isdigit() and entry.stat().st_uid == os.getuid()
-            if ours and (entry / "comm").read_text() == "sciexec-keeper\n" and " Z " not in (entry / "stat").read_text():
+            kept = entry.name.isdigit() and (entry / "comm").read_text() == "sciexec-keeper\n"
+            if kept and f"\0{image}\0" in (entry / "cmdline").read_text() and " Z " not in (entry / "stat").read_text():
                 found.add(int(entry.name))
         except OSError:
             pass
     return found
+
+
+def serving(image: Path) -> set[int]:
+    """Process ids of the servers of an image."""
+    return {pid for pid in servers() if any(os.readlink(f"/proc/{pid}/fd/{fd}") == str(image) for fd in os.listdir(f"/proc/{pid}/fd"))}
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
@@ -41,11 +46,7 @@ def eventually(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
-@pytest.fixture(autouse=True)
-def nobody_left(nothing_left: None) -> Iterator[None]:
-    before = keepers()
-    yield
-    assert eventually(lambda: not keepers() - before)
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 class Step:
@@ -81,20 +82,22 @@ def step(sciexec_path: Path, tmp_path: Path) -> Iterator[Step]:
     made = Step(sciexec_path, str(tmp_path))
     yield made
     made.end()
+    assert eventually(lambda: not keepers(tmp_path / "image"))
 
 
 @pytest.fixture(params=["sif", "directory"])
 def image(request: pytest.FixtureRequest, images: dict[str, Path], tmp_path: Path) -> Path:
-    """An image that no other test runs at the same time, so that servers can be counted."""
+    """An image that no other test runs at the same time, so that processes can be counted."""
     source = images[request.param]
-    return source if source.is_dir() else Path(shutil.copy(source, tmp_path / "image.sif"))
+    path = tmp_path / "image"
+    path.symlink_to(source) if source.is_dir() else shutil.copy(source, path)
+    return path
 
 
 # --- who is with whom -----------------------------------------------------------------------------------------------------------
 
 
 def test_all_ranks_have_one_container_one_server_and_one_keeper(step: Step, image: Path) -> None:
-    before = servers(), keepers()
     ranks = [step.start("exec", image, "sh", "-c", f"{WHERE}; echo $RANK; read line; exit $RANK", RANK=str(rank)) for rank in range(RANKS)]
     seen = []
     for number, rank in enumerate(ranks):
@@ -102,8 +105,8 @@ def test_all_ranks_have_one_container_one_server_and_one_keeper(step: Step, imag
         seen.append(rank.stdout.readline() + rank.stdout.readline())
         assert rank.stdout.readline() == f"{number}\n"  # its own environment
     assert len(set(seen)) == 1
-    assert len(servers() - before[0]) == (0 if image.is_dir() else 1)
-    assert len(keepers() - before[1]) == 1
+    assert len(serving(image)) == (0 if image.is_dir() else 1)
+    assert len(keepers(image)) == 1
     for number, rank in enumerate(ranks):
         assert rank.communicate("\n") == ("", "")
         assert rank.returncode == number
@@ -178,12 +181,11 @@ def test_the_first_may_end_first_and_others_come_late(step: Step, image: Path, k
 
 
 def test_when_all_have_gone_the_next_makes_a_new_one(step: Step, image: Path) -> None:
-    before = keepers()
     for _ in range(3):
         rank, _ = step.waiting(image)
         rank.communicate("\n")
         assert rank.returncode == 0
-    assert eventually(lambda: not keepers() - before)
+    assert eventually(lambda: not keepers(image))
     assert step.waiting(image)[1]
 
 
@@ -223,16 +225,15 @@ def test_signals_reach_the_rank_that_they_are_for(step: Step, image: Path) -> No
     assert second.wait() == -signal.SIGTERM
 
 
-def test_a_rank_stays_on_its_cpu_and_the_server_does_not(step: Step, images: dict[str, Path], need: Need) -> None:
+def test_a_rank_stays_on_its_cpu_and_the_server_does_not(step: Step, image: Path, need: Need) -> None:
     taskset = need("taskset")
     cpu = str(min(os.sched_getaffinity(0)))
-    before = servers() | keepers()
-    command = [taskset, "-c", cpu, step.program, "exec", images["sif"], "sh", "-c", "grep Cpus_allowed_list /proc/self/status; read line"]
+    command = [taskset, "-c", cpu, step.program, "exec", image, "sh", "-c", "grep Cpus_allowed_list /proc/self/status; read line"]
     rank = subprocess.Popen(command, env=step.environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert rank.stdout and rank.stdout.readline().split()[1] == cpu
-    ours = (servers() | keepers()) - before
-    assert len(ours) == 2
-    assert [os.sched_getaffinity(pid) for pid in ours] == [os.sched_getaffinity(0)] * 2
+    ours = serving(image) | keepers(image)
+    assert len(ours) == (1 if image.is_dir() else 2)
+    assert {frozenset(os.sched_getaffinity(pid)) for pid in ours} == {frozenset(os.sched_getaffinity(0))}
     rank.communicate("\n")
 
 
