@@ -29,6 +29,7 @@ from sciexec.errors import HostError, ImageError, escaped
 FUSE2FS = "fuse2fs"
 UNION = "fuse-overlayfs"
 PLACE = "/sys"
+SIGKILL = 9
 TICK = 0.001  # seconds between two looks at whether it is mounted
 
 
@@ -75,12 +76,16 @@ class Ext3Server:
                 self._serve(alive)
             finally:
                 os._exit(127)
-        while os.stat(PLACE).st_dev == before:
-            if has_ended(server):
-                return
-            time.sleep(TICK)
-        tree = kernel.open_tree(PLACE)
-        kernel.umount2(PLACE, kernel.MNT_DETACH)  # else the server would keep it alive itself
+        try:
+            while os.stat(PLACE).st_dev == before:
+                if has_ended(server):
+                    return
+                time.sleep(TICK)
+            tree = kernel.open_tree(PLACE)
+            kernel.umount2(PLACE, kernel.MNT_DETACH)  # else the server would keep it alive itself
+        except OSError:  # the root directory cannot be read, say
+            os.kill(server, SIGKILL)
+            raise
         send(theirs, tree)
         os._exit(0)
 

@@ -296,6 +296,24 @@ def test_a_damaged_image_is_refused_in_a_line(sciexec: Command, base: Path, ext:
     assert str(ext) in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_server_that_cannot_read_the_root_leaves_nothing_running(sciexec: Command, base: Path, tmp_path: Path, need: Need) -> None:
+    """It mounts, and then every access fails: of the root's inode, the second of the table, the checksum is wrong."""
+    path = tmp_path / "damaged.ext4"
+    with path.open("w+b") as file:
+        file.truncate(64 << 20)
+        subprocess.run([need("mke2fs"), "-q", "-t", "ext4", "-b", "4096", "-I", "256", path], check=True, capture_output=True)
+        file.seek(4096 + 8)
+        file.seek(int.from_bytes(file.read(4), "little") * 4096 + 256 + 8)
+        file.write(b"damaged")
+    done = sciexec("exec", "-o", path, base, "true", timeout=30)
+    assert done.returncode == 255
+    assert done.stderr.startswith(f"FATAL: mounting {path}: fuse2fs ended: ")
+    deadline = time.monotonic() + 10
+    while subprocess.run(["fuser", path], capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
