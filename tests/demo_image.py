@@ -1,0 +1,171 @@
+"""The image of the tables and of the documentation: a small Debian tree with all that a definition file can put into an image.
+
+demo.sif   runscript, startscript, test, help, labels, environment, the SCIF applications hello and count
+made       of `rootfs` (conftest), with its scripts written here; Apptainer runs the same file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from sciexec import sif
+
+CREATED = 1580608922  # 2020-02-02T02:02:02Z
+
+DEFINITION = """\
+Bootstrap: localimage
+From: debian.sif
+
+%help
+    The demonstration: it prints its arguments, one a line.
+"""
+
+RUNSCRIPT = """\
+#!/bin/sh
+case $1 in
+--code) exit "$2" ;;
+--env) eval "echo \\"\\$$2\\""; exit ;;
+esac
+echo "demo with $# arguments"
+for argument do printf '<%s>\\n' "$argument"; done
+"""
+
+STARTSCRIPT = """\
+#!/bin/sh
+echo "demo started with $*"
+echo "and an error" >&2
+exec sleep 3600
+"""
+
+TEST = """\
+#!/bin/sh
+echo "test of demo with $# arguments"
+[ "$1" != fail ] || exit 3
+"""
+
+HELP = """\
+    The demonstration: it prints its arguments, one a line.
+"""
+
+LABELS = {"Author": "Ann", "Version": "1.2", "org.example.a b": 'with "quotes" and $dollar'}
+
+ENVIRONMENT = """\
+export DEMO="from the image"
+export DEMO_DEFAULT="${DEMO_DEFAULT:-default of the image}"
+export DEMO_QUOTED='a "b" $c `d`'
+export DEMO_NAME="$APPTAINER_NAME"
+export PATH="/opt/demo/bin:$PATH"
+"""
+
+# What `build` lays down in every image: the variables of all applications, and, for --app, those of one.
+ALL_APPS = """\
+export SCIF_APPDATA_hello="/scif/data/hello" SCIF_APPROOT_hello="/scif/apps/hello" SCIF_APPBIN_hello="/scif/apps/hello/bin"
+export SCIF_APPDATA_count="/scif/data/count" SCIF_APPROOT_count="/scif/apps/count" SCIF_APPBIN_count="/scif/apps/count/bin"
+"""
+
+ONE_APP = """\
+if [ -n "${SCIF_APPNAME:-${APPTAINER_APPNAME:-}}" ]; then
+    SCIF_APPNAME="${SCIF_APPNAME:-$APPTAINER_APPNAME}"
+    SCIF_APPROOT="/scif/apps/$SCIF_APPNAME"
+    SCIF_APPDATA="/scif/data/$SCIF_APPNAME"
+    export SCIF_APPNAME SCIF_APPROOT SCIF_APPDATA
+    [ ! -d "$SCIF_APPROOT/bin" ] || PATH="$SCIF_APPROOT/bin:$PATH"
+    export PATH
+    for script in 01-base 90-environment; do
+        [ ! -f "$SCIF_APPROOT/scif/env/$script.sh" ] || . "$SCIF_APPROOT/scif/env/$script.sh"
+    done
+fi
+"""
+
+BASE = """\
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/.singularity.d/libs"
+"""
+
+FILES = {
+    ".singularity.d/Singularity": DEFINITION,
+    ".singularity.d/runscript": RUNSCRIPT,
+    ".singularity.d/startscript": STARTSCRIPT,
+    ".singularity.d/test": TEST,
+    ".singularity.d/runscript.help": HELP,
+    ".singularity.d/labels.json": json.dumps(LABELS, indent="\t") + "\n",
+    ".singularity.d/env/01-base.sh": "",
+    ".singularity.d/env/90-environment.sh": ENVIRONMENT,
+    ".singularity.d/env/94-appsbase.sh": ALL_APPS,
+    ".singularity.d/env/95-apps.sh": ONE_APP,
+    ".singularity.d/env/99-base.sh": BASE,
+    "opt/demo/bin/demo-tool": '#!/bin/sh\necho "the tool of demo"\n',
+    "opt/demo/text": "text of demo\n",
+    "scif/apps/hello/scif/runscript": '#!/bin/sh\necho "hello $* from $SCIF_APPNAME, $HELLO"\n',
+    "scif/apps/hello/scif/runscript.help": "    It says hello.\n",
+    "scif/apps/hello/scif/labels.json": '{\n\t"Tongue": "English"\n}\n',
+    "scif/apps/hello/scif/test": '#!/bin/sh\necho "test of hello"\n',
+    "scif/apps/hello/scif/env/90-environment.sh": 'export HELLO="variable of hello"\n',
+    "scif/apps/hello/bin/hello-tool": '#!/bin/sh\necho "the tool of hello"\n',
+    "scif/apps/count/scif/runscript": '#!/bin/sh\necho "$#"\n',
+}
+PROGRAMS = (".singularity.d/runscript", ".singularity.d/startscript", ".singularity.d/test", "/bin/", "/scif/runscript", "/scif/test")
+DIRECTORIES = (".singularity.d/libs", ".singularity.d/actions", "scif/data/hello", "scif/data/count")
+
+
+def make_tree(rootfs: Path, target: Path) -> Path:
+    """A copy of `rootfs` at `target`, with the demonstration in it."""
+    shutil.copytree(rootfs, target, symlinks=True)
+    for directory in DIRECTORIES:
+        (target / directory).mkdir(parents=True, exist_ok=True)
+    for name, text in FILES.items():
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755 if any(part in name for part in PROGRAMS) else 0o644)
+    (target / "singularity").symlink_to(".singularity.d/runscript")
+    return target
+
+
+def metadata() -> bytes:
+    """inspect-metadata.json of demo.sif, as `build` writes it."""
+
+    def text(name: str) -> str:
+        return FILES[name].rstrip("\n")
+
+    hello = "scif/apps/hello/scif/"
+    attributes = {
+        "apps": {
+            "count": {"runscript": text("scif/apps/count/scif/runscript")},
+            "hello": {
+                "environment": {"/" + hello + "env/90-environment.sh": text(hello + "env/90-environment.sh")},
+                "labels": json.loads(FILES[hello + "labels.json"]),
+                "runscript": text(hello + "runscript"),
+                "test": text(hello + "test"),
+                "helpfile": text(hello + "runscript.help"),
+            },
+        },
+        "environment": {"/.singularity.d/env/90-environment.sh": ENVIRONMENT.rstrip("\n")},
+        "labels": LABELS,
+        "runscript": RUNSCRIPT.rstrip("\n"),
+        "startscript": STARTSCRIPT.rstrip("\n"),
+        "test": TEST.rstrip("\n"),
+        "helpfile": HELP.rstrip("\n"),
+        "deffile": DEFINITION.rstrip("\n"),
+    }
+    return json.dumps({"data": {"attributes": attributes}, "type": "container"}).encode()
+
+
+def make_sif(mksquashfs: str, tree: Path, path: Path, machine: str) -> Path:
+    """The tree as a SIF file: definition file, metadata, gzip SquashFS in which everything is root's."""
+    squashfs = path.with_suffix(".squashfs")
+    command = [mksquashfs, str(tree), str(squashfs), "-noappend", "-quiet", "-no-progress", "-all-root", "-comp", "gzip"]
+    subprocess.run(command, check=True, capture_output=True)
+    content = squashfs.read_bytes()
+    squashfs.unlink()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o755)
+    builder = sif.Builder(fd, arch=machine, created=CREATED)
+    builder.add(sif.DEFFILE, "", DEFINITION.encode())
+    builder.add(sif.GENERIC_JSON, "inspect-metadata.json", metadata())
+    os.pwrite(fd, content, builder.partition_offset())
+    builder.finish(len(content))
+    os.close(fd)
+    return path
