@@ -68,8 +68,8 @@ export SCIF_APPDATA_count="/scif/data/count" SCIF_APPROOT_count="/scif/apps/coun
 """
 
 ONE_APP = """\
-if [ -n "${SCIF_APPNAME:-${APPTAINER_APPNAME:-}}" ]; then
-    SCIF_APPNAME="${SCIF_APPNAME:-$APPTAINER_APPNAME}"
+if [ -n "${SINGULARITY_APPNAME:-}" ]; then
+    SCIF_APPNAME="$SINGULARITY_APPNAME"
     SCIF_APPROOT="/scif/apps/$SCIF_APPNAME"
     SCIF_APPDATA="/scif/data/$SCIF_APPNAME"
     export SCIF_APPNAME SCIF_APPROOT SCIF_APPDATA
@@ -169,3 +169,44 @@ def make_sif(mksquashfs: str, tree: Path, path: Path, machine: str) -> Path:
     builder.finish(len(content))
     os.close(fd)
     return path
+
+
+# --- the image out of an OCI image ------------------------------------------------------------------------------------------
+
+# What shells make something of, and what a start out of data must leave alone.
+VARIABLES = {
+    "PATH": "/opt/demo/bin:/usr/local/bin:/usr/bin:/bin",
+    "PLAIN": "of the image",
+    "QUOTED": "a \"b\" 'c' \\d",
+    "DOLLAR": "$HOME ${HOME} $(id) `id`",
+    "EMPTY": "",
+}
+ENTRYPOINT = ("busybox", "printf", "<%s>\\n", 'an "entry" $HOME')
+COMMAND = ("default", "two  words", "$PLAIN", "it's")
+
+
+def make_layout(umoci: str, rootfs: Path, work: Path) -> Path:
+    """An OCI layout, tag "app": one layer, ENV, ENTRYPOINT and CMD as above; made by umoci."""
+    layout = work / "layout"
+    image = f"{layout}:app"
+
+    def make(*arguments: str | Path) -> None:
+        subprocess.run([umoci, *map(str, arguments)], check=True, capture_output=True, text=True)
+
+    make("init", "--layout", layout)
+    make("new", "--image", image)
+    make("insert", "--rootless", "--image", image, rootfs, "/")
+    words = ["config", "--image", image, "--created", "2020-02-02T02:02:02Z"]
+    words += [word for name, value in VARIABLES.items() for word in ("--config.env", f"{name}={value}")]
+    words += [word for argument in ENTRYPOINT for word in ("--config.entrypoint", argument)]
+    words += [word for argument in COMMAND for word in ("--config.cmd", argument)]
+    make(*words, "--config.label", "org.opencontainers.image.title=app")
+    return layout
+
+
+def make_oci_sif(umoci: str, rootfs: Path, work: Path, sciexec: Path) -> Path:
+    """oci.sif in `work`: what `sciexec pull` makes of that layout."""
+    layout = make_layout(umoci, rootfs, work)
+    command = [sciexec, "pull", "--quiet", work / "oci.sif", f"oci:{layout}:app"]
+    subprocess.run(command, env={**os.environ, "SCIEXEC_CACHEDIR": str(work / "cache")}, check=True, capture_output=True)
+    return work / "oci.sif"
