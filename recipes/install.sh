@@ -24,7 +24,7 @@ fi
 
 cd "$TREE"
 stamp=$VENV/sciexec.stamp
-sum=$({ "$PYTHON" -VV; echo "$PYTHON $TREE"; cat pyproject.toml setup.py bin/* sciexec/native/* sciexec/*.py convert/*.py; } | sha256sum)
+sum=$({ "$PYTHON" -VV; echo "$PYTHON $TREE"; cat pyproject.toml setup.py bin/* sciexec/native/* sciexec/*.py sciexec/*.conf convert/*.py; } | sha256sum)
 case "$(cat "$stamp" 2>/dev/null) " in
 "$sum $extra "* | "$sum ${extra:-test} "*) ;; # with more than was asked for is good as well
 *)

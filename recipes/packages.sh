@@ -29,6 +29,8 @@ test     libarchive-tools       bsdtar
 test     openssl                openssl
 test     busybox-static         busybox
 test     strace                 strace
+test     zsh                    zsh
+test     fish                   fish
 '
 
 list=

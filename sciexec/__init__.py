@@ -9,6 +9,11 @@ VERSIONS = {
 }
 
 
+def called(program: str) -> str:
+    """The name under which the caller knows us.  program: argv[0] or its last part; as a module (python -m) it is a file of ours."""
+    return "sciexec" if program.endswith(".py") else program.rpartition("/")[2]
+
+
 def version(program: str) -> str:
-    """What --version answers under the name `program` (argv[0] or its last part)."""
-    return VERSIONS.get(program.rpartition("/")[2], f"sciexec version {__version__}")
+    """What --version answers under the name `program`."""
+    return VERSIONS.get(called(program), f"sciexec version {__version__}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from sciexec import version
+from sciexec import called, version
 from sciexec.errors import HostError, SciexecError
 
 TYPE_CHECKING = False
@@ -43,7 +43,7 @@ def main(program: str, arguments: list[str]) -> int:
         debug = chosen.debug
         start(chosen)
     except SciexecError as error:
-        show(error.message, error.hint, debug)
+        show(error.message, error.hint.replace("`sciexec ", f"`{called(program)} "), debug)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sciexec import options, version
+from sciexec import called, options, version
 from sciexec.errors import UsageError
+from sciexec.help import Group, Program, Themed, width
 from sciexec.options import FLAG, LATER, LIST, NEVER, OPTIONS, READY, Option, Options
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def main(program: str, arguments: list[str]) -> int | Options:
 
     Arguments: those of sciexec.__main__.main.  Raises SciexecError; UsageError for what click finds wrong.
     """
-    shown = "sciexec" if program.endswith(".py") else program.rpartition("/")[2]
+    shown = called(program)
     try:
         answer = commands.main(arguments or ["--help"], prog_name=shown, standalone_mode=False, obj={"program": program})
     except click.Abort as error:
@@ -77,8 +78,8 @@ def by_slot(given: dict[str, Any]) -> dict[str, options.Value]:
     return values
 
 
-class Run(click.Command):
-    """run, exec or shell: IMAGE ends the options, everything behind it is the payload's."""
+class Run(Themed):
+    """run, exec, shell or test: IMAGE ends the options, everything behind it is the payload's."""
 
     def __init__(self, verb: str, usage: str, help: str) -> None:
         image = click.Argument(["image"], metavar="IMAGE")
@@ -113,20 +114,15 @@ def fetched(chosen: Options) -> Options:
 # --- the commands -----------------------------------------------------------------------------------------------------------
 
 
-class InOrder(click.Group):
-    """Commands are listed as they stand below, the most used first."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
 def show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
         click.echo(version(ctx.obj["program"]))
         ctx.exit()
 
 
-@click.group(cls=InOrder, params=click_options("global"), context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Program, params=click_options("global"), context_settings={"help_option_names": ["-h", "--help"], "terminal_width": width()}
+)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="print the version and exit")
 @click.pass_context
 def commands(ctx: click.Context, /, **given: Any) -> None:
@@ -143,7 +139,10 @@ commands.add_command(Run("test", "[ARGUMENT]...", "Run the test that IMAGE bring
 @commands.command()
 @click.argument("image", required=False)
 def check(image: str | None) -> int:
-    """Say, step by step, whether this host can run images (IMAGE, if given), and what to do where it cannot."""
+    """Say whether this host can run images, and what to do where it cannot.
+
+    IMAGE, if given, is run as well.
+    """
     from convert import blobs
     from sciexec import doctor
 
@@ -167,6 +166,55 @@ def help_on(ctx: click.Context, command: str | None) -> None:
     """Print the help of COMMAND."""
     path = [command] if command else []
     commands.main([*path, "--help"], prog_name=ctx.find_root().info_name, standalone_mode=False, obj=ctx.obj)
+
+
+@commands.group(cls=Group)
+def alias() -> None:
+    """Let `apptainer` and `singularity` mean sciexec."""
+
+
+@alias.command("install")
+@click.argument("directory")
+@click.option("--force", "-F", is_flag=True, help="replace other programs of these names")
+def alias_install(directory: str, force: bool) -> None:
+    """Write `apptainer` and `singularity` into DIRECTORY, which should come first in PATH."""
+    from sciexec import switch
+
+    for path in switch.install(directory, force=force):
+        click.echo(path)
+
+
+@alias.command("remove")
+@click.argument("directory")
+def alias_remove(directory: str) -> None:
+    """Remove them from DIRECTORY; other programs of these names are left alone."""
+    from sciexec import switch
+
+    for path in switch.remove(directory):
+        click.echo(path)
+
+
+@commands.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print what completes command lines in SHELL: bash, zsh or fish."""
+    from sciexec import completion, help
+
+    click.echo(completion.script(shell, str(ctx.find_root().info_name), help.tree(commands, ctx)), nl=False)
+
+
+@commands.command()
+@click.argument("key", required=False)
+@click.pass_context
+def buildcfg(ctx: click.Context, key: str | None) -> None:
+    """Print how this was installed: KEY=VALUE lines, or the value of KEY."""
+    from sciexec import switch
+
+    found = switch.buildcfg(ctx.obj["program"])
+    if key is not None and key not in found:
+        raise UsageError(f"buildcfg: there is no value named {key!r}", f"there are {', '.join(found)}")
+    click.echo(found[key] if key is not None else "\n".join(f"{name}={value}" for name, value in found.items()))
 
 
 # --- images: made, looked at, kept ------------------------------------------------------------------------------------------
@@ -220,7 +268,10 @@ def conversion(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @conversion
 def pull(operands: tuple[str, ...], name: str, directory: str, settings: Settings, progress: Progress, force: bool) -> str:
-    """Fetch an image and make one SIF file of it: docker://, docker-archive:, oci:, oci-archive:."""
+    """Fetch an image and make one SIF file of it.
+
+    URI begins with docker://, docker-archive:, oci: or oci-archive:.
+    """
     from convert import pull, reference
 
     *out, uri = operands
@@ -256,7 +307,10 @@ ATTRIBUTES = {
 @click.option("--list-apps", is_flag=True, help="the names of the SCIF applications")
 @click.argument("image")
 def inspect_image(image: str, everything: bool, as_json: bool, app: str, list_apps: bool, **wanted: bool) -> None:
-    """Show what IMAGE says about itself (its labels, unless told otherwise); nothing of it is executed."""
+    """Show what IMAGE says about itself: its labels, unless told otherwise.
+
+    Nothing of it is executed.
+    """
     from sciexec import inspect
 
     chosen = [name for name, asked in wanted.items() if asked or everything]
@@ -265,7 +319,27 @@ def inspect_image(image: str, everything: bool, as_json: bool, app: str, list_ap
     click.echo(text, nl=False)
 
 
-@commands.group(cls=InOrder)
+@commands.command()
+@click.argument("image")
+def apps(image: str) -> None:
+    """List the SCIF applications of IMAGE."""
+    from sciexec import inspect
+
+    click.echo(inspect.inspect(image, list_apps=True, terminal=sys.stdout.isatty()), nl=False)
+
+
+@commands.command("run-help")
+@click.option("--app", metavar="NAME", default="", help="of this SCIF application")
+@click.argument("image")
+def run_help(image: str, app: str) -> None:
+    """Print what the makers of IMAGE say about its use."""
+    from sciexec import inspect
+
+    text = inspect.inspect(image, ["helpfile"], app=app, terminal=sys.stdout.isatty())
+    click.echo(text or "No help sections were defined for this image\n", nl=False)
+
+
+@commands.group(cls=Group)
 def sif() -> None:
     """Look into a SIF file."""
 
@@ -308,7 +382,7 @@ def sif_dump(number: int, image: str) -> None:
     inspect.sif_dump(image, number, sys.stdout.fileno())
 
 
-@commands.group(cls=InOrder)
+@commands.group(cls=Group)
 def cache() -> None:
     """Look after the cache of blobs and converted images."""
 

@@ -13,7 +13,7 @@ An image of ours says how it wants to be started in a small object beside the fi
     "C" ARGUMENT        NUL   CMD           0 or more
 
 Its values are data: they reach execve(2) byte for byte, no shell reads them, and the image needs none.  Every other image says
-it in scripts, /.singularity.d/env/*.sh, which only the image's own shell may evaluate, inside: see SCRIPT.
+it in scripts, /.singularity.d/env/*.sh, which only the image's own shell may evaluate, inside: see scripts.py.
 
 Text is str with surrogateescape throughout, as os.environ has it: any bytes survive, and execve gives them back unchanged.
 Source: Apptainer's user guide, "Environment and Metadata"; its behaviour where the guide is silent.
@@ -24,12 +24,14 @@ from __future__ import annotations
 import errno
 import os
 
-from sciexec.errors import HostError, ImageError, SciexecError
+from sciexec.errors import HostError, ImageError, SciexecError, UsageError, escaped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import NoReturn
+
+    from sciexec.scripts import Scripts
 
 MAGIC = b"sciexec-start 1\0"
 LARGEST_START = 4 << 20  # bytes; execve(2) takes a quarter of the stack's limit, 2 MiB where nobody changed it
@@ -39,6 +41,7 @@ LIBRARIES = "/.singularity.d/libs"  # where host libraries are bound
 SCRIPTS = "/.singularity.d/env"
 TEST = "/.singularity.d/test"
 RUNSCRIPTS = ("/.singularity.d/runscript", "/singularity")  # the second: images of Singularity 2
+APPS = "/scif/apps"  # each a directory; source: the Scientific Filesystem's specification
 
 # What passes with --cleanenv; everything else of the host stays outside.
 TERMINAL_AND_PROXIES = frozenset("TERM http_proxy https_proxy no_proxy all_proxy ftp_proxy".split()) | frozenset(
@@ -52,6 +55,7 @@ OUR_PREFIXES = (*USER_PREFIXES, *(f"{prefix}_" for prefix in PREFIXES))
 RUNTIMES_OWN = frozenset(
     ["HOME", *(f"{p}_{key}" for p in PREFIXES for key in ("CONTAINER", "NAME", "BIND", "ENVIRONMENT", "COMMAND", "SHELL", "APPNAME"))]
 )
+PATH_PIECES = frozenset("PREPEND_PATH APPEND_PATH PREPEND_LD_LIBRARY_PATH APPEND_LD_LIBRARY_PATH".split())
 PYTHONS_LOCALES = ("C.UTF-8", "C.utf8", "UTF-8")
 
 
@@ -171,40 +175,33 @@ def is_name(text: str) -> bool:
     return text.isascii() and text.isidentifier()
 
 
-def inherited(host: Mapping[str, str], cleanenv: bool) -> dict[str, str]:
+def inherited(host: Mapping[str, str], cleanenv: bool, no_env: Sequence[str] = ()) -> dict[str, str]:
     """What of the host's environment is seen inside where the image says nothing else."""
     if cleanenv:
-        return {**{key: value for key, value in host.items() if key in TERMINAL_AND_PROXIES}, "LANG": "C"}
-    return {key: value for key, value in host.items() if key not in STAYS_OUTSIDE and is_name(key) and not key.startswith(OUR_PREFIXES)}
+        return {**{key: value for key, value in host.items() if key in TERMINAL_AND_PROXIES and key not in no_env}, "LANG": "C"}
+    stays = STAYS_OUTSIDE.union(no_env)
+    return {key: value for key, value in host.items() if key not in stays and is_name(key) and not key.startswith(OUR_PREFIXES)}
 
 
-class Wishes:
-    """What the user wants set inside, with the six variables that change a path instead of a value taken out.
+def wishes(host: Mapping[str, str], env: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """NAME -> VALUE of what the user wants set inside whatever host and image say, empty values too.
 
-    `values` holds NAME -> VALUE, set whatever host and image say, empty values too.  A value is literal: no $, no backquote
-    means anything in it, but for $PATH in PATH itself, which people write to say "in front of" or "behind".
+    Four names are no variables but pieces of search paths: PREPEND_PATH, APPEND_PATH, and the same of LD_LIBRARY_PATH.
     """
+    given = [(key[len(prefix) :], value) for prefix in USER_PREFIXES for key, value in host.items() if key.startswith(prefix)]
+    return {key: value for key, value in (*given, *env) if is_name(key) and key not in RUNTIMES_OWN}
 
-    __slots__ = ("libraries_after", "libraries_before", "path_after", "path_before", "values")
 
-    def __init__(self, host: Mapping[str, str], env: Sequence[tuple[str, str]]) -> None:
-        wishes = [(key[len(prefix) :], value) for prefix in USER_PREFIXES for key, value in host.items() if key.startswith(prefix)]
-        values = {key: value for key, value in (*wishes, *env) if is_name(key) and key not in RUNTIMES_OWN}
-        self.path_before = values.pop("PREPEND_PATH", "")
-        self.path_after = values.pop("APPEND_PATH", "")
-        self.libraries_before = values.pop("PREPEND_LD_LIBRARY_PATH", "")
-        self.libraries_after = values.pop("APPEND_LD_LIBRARY_PATH", "")
-        path = values.get("PATH")
-        if path is not None:
-            marked = path.replace("${PATH}", "$PATH")
-            if "$PATH" in marked:
-                del values["PATH"]
-                before, _, after = marked.partition("$PATH")
-                self.path_before = joined(self.path_before, before.strip(":"))
-                self.path_after = joined(after.strip(":"), self.path_after)
-            elif not path:
-                del values["PATH"]
-        self.values = values
+def searched(name: str, images: str, user: Mapping[str, str]) -> str:
+    """PATH or LD_LIBRARY_PATH: the image's, or the user's, in which $NAME stands for the image's; then what is put around it."""
+    value = user.get(name) or images
+    if value != images:
+        from sciexec import scripts
+
+        value = images.join(scripts.around(value, name))
+    if name == "LD_LIBRARY_PATH" and LIBRARIES not in value.split(":"):
+        value = joined(value, LIBRARIES)
+    return joined(user.get(f"PREPEND_{name}", ""), value, user.get(f"APPEND_{name}", ""))
 
 
 def joined(*paths: str) -> str:
@@ -220,113 +217,27 @@ def with_defaults(path: str) -> str:
 
 # --- the payload ------------------------------------------------------------------------------------------------------------
 
-# Evaluates the image's scripts in the image's shell.  They must not see the host's variables, so these come as arguments:
-#
-#     sh -c SCRIPT sciexec PATH_BEFORE PATH_AFTER LIBS_BEFORE LIBS_AFTER HOST=VALUE... --user USER=VALUE... -- COMMAND ARGUMENT...
-#
-# Shells set variables by themselves (bash: HOSTNAME, TERM=dumb); they are forgotten first, or the host's would seem to be set
-# already.  A function sources the scripts because `set -- x` in one of them would replace our arguments; `command export`
-# because a failing export (read-only in this shell) would end the shell.  Any POSIX shell will do: dash, bash, busybox, mksh.
-SCRIPT = r"""
-sciexec_source() {
-    for sciexec_file in /.singularity.d/env/*.sh; do
-        if [ ! -f "$sciexec_file" ] || [ ! -r "$sciexec_file" ]; then continue; fi
-        . "$sciexec_file"
-        case $sciexec_file in */10-docker*.sh) sciexec_default_path ;; esac
-    done
-}
-sciexec_default_path() {
-    for sciexec_dir in /usr/local/sbin /usr/local/bin /usr/sbin /usr/bin /sbin /bin; do
-        case ":$PATH:" in *":$sciexec_dir:"*) ;; *) PATH=${PATH:+$PATH:}$sciexec_dir ;; esac
-    done
-}
-sciexec_fatal() {
-    printf 'FATAL: %s\n' "$1" >&2
-    exit 255
-}
-sciexec_forget() {
-    shift 4
-    for sciexec_word do
-        case $sciexec_word in --user) return ;; esac
-        command unset -v "${sciexec_word%%=*}" 2>/dev/null
-    done
-}
-sciexec_forget "$@"
-sciexec_source
-set +aefu
-PATH=${PATH:-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}
-LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-/.singularity.d/libs}
-sciexec_count=0 sciexec_user=
-for sciexec_word do
-    sciexec_count=$((sciexec_count + 1))
-    if [ "$sciexec_count" -le 4 ]; then continue; fi
-    case $sciexec_word in
-    --) break ;;
-    --user) sciexec_user=yes; continue ;;
-    esac
-    if [ -n "$sciexec_user" ]; then command export "$sciexec_word" 2>/dev/null; continue; fi
-    sciexec_name=${sciexec_word%%=*}
-    eval "sciexec_is=\${$sciexec_name+set}\${$sciexec_name:+full}"
-    case $sciexec_is in
-    '') command export "$sciexec_word" 2>/dev/null ;;
-    set) unset "$sciexec_name" ;;
-    esac
-done
-PATH=${1:+$1:}$PATH${2:+:$2}
-LD_LIBRARY_PATH=${3:+$3:}$LD_LIBRARY_PATH${4:+:$4}
-export PATH LD_LIBRARY_PATH
-shift "$sciexec_count"
-case $1 in
-*/*)
-    if [ ! -e "$1" ]; then sciexec_fatal "stat $1: no such file or directory"; fi
-    if [ -d "$1" ] || [ ! -x "$1" ]; then sciexec_fatal "\"$1\": permission denied"; fi ;;
-*)
-    sciexec_rest=$PATH: sciexec_found=
-    while [ -n "$sciexec_rest" ] && [ -z "$sciexec_found" ]; do
-        sciexec_file=${sciexec_rest%%:*}
-        sciexec_file=${sciexec_file:-.}/$1
-        sciexec_rest=${sciexec_rest#*:}
-        if [ -f "$sciexec_file" ] && [ -x "$sciexec_file" ]; then sciexec_found=yes; fi
-    done
-    if [ -z "$sciexec_found" ]; then sciexec_fatal "\"$1\": executable file not found in \$PATH"; fi ;;
-esac
-exec "$@"
-"""
-
-
 class Payload:
     """What is executed inside, as far as the host can know: which scripts and shells the image has is seen at the end only.
 
     Arguments:
-        verb: run, exec or shell.  argv: as the user gave it; for an image of ours already joined with ENTRYPOINT and CMD.
+        verb: run, exec, shell or test.  argv: as the user gave it; for an image of ours already joined with ENTRYPOINT and CMD.
         given: its environment where no script has a say.
-        scripts: whether the image's scripts, if it has any, make the environment (and `run` its runscript).
-        own, host, wishes: what such a script sees, what fills its gaps, what overrides it.
-        shell: for `shell`, the one asked for.
+        scripts: how the image's scripts, if it has any, make the environment; None where they are not asked.
+        shell: for `shell`, the one asked for.  app: the SCIF application, or "".
     """
 
-    __slots__ = ("argv", "given", "host", "own", "scripts", "shell", "verb", "wishes")
+    __slots__ = ("app", "argv", "given", "scripts", "shell", "verb")
 
     def __init__(
-        self,
-        verb: str,
-        argv: Sequence[str],
-        given: dict[str, str],
-        *,
-        scripts: bool,
-        own: dict[str, str],
-        host: dict[str, str],
-        wishes: Wishes,
-        shell: str | None,
+        self, verb: str, argv: Sequence[str], given: dict[str, str], *, scripts: Scripts | None, shell: str | None, app: str
     ) -> None:
         self.verb = verb
         self.argv = list(argv)
         self.given = given
         self.scripts = scripts
-        self.own = own
-        self.host = host
-        self.wishes = wishes
         self.shell = shell
+        self.app = app
 
     def describe(self) -> str:
         """One line for --debug: what will be executed; the environment is left out, it may hold secrets."""
@@ -336,13 +247,17 @@ class Payload:
     def command(self) -> list[str]:
         """argv, now that we stand inside: the runscript, the shell and their like are looked for in the root as it is.
 
-        Raises ImageError for a `run` of an image of ours that names nothing to run.
+        Raises ImageError for a `run` of an image of ours that names nothing to run, and for an application that is not there.
         """
+        if self.app:
+            self.check_app()
         if self.verb == "shell":
             if self.shell:
                 return [self.shell, *self.argv]
             # without --norc the prompt of the user's ~/.bashrc would hide where one is
             return ["/bin/bash", "--norc", *self.argv] if is_program("/bin/bash") else ["/bin/sh", *self.argv]
+        if self.verb == "run" and self.app:
+            return [f"{APPS}/{self.app}/scif/runscript", *self.argv]
         if self.verb == "run":
             if not self.scripts and not self.argv:
                 raise ImageError("the image has neither ENTRYPOINT nor CMD", "name a command behind it")
@@ -351,19 +266,18 @@ class Payload:
                     return [script, *self.argv]
             return self.argv or ["/bin/sh"]
         if self.verb == "test":
-            if not is_program(TEST):
-                raise ImageError("the image has no test", "a %test section of its definition file makes one")
-            return [TEST, *self.argv]
+            test = f"{APPS}/{self.app}/scif/test" if self.app else TEST
+            # an image without a test passes it: batch systems ask before every job
+            return [test, *self.argv] if is_program(test) else []
         return self.argv
 
-    def script(self, argv: Sequence[str]) -> list[str]:
-        """The image's shell with SCRIPT and what it needs, which in the end executes `argv`."""
-        wishes = self.wishes
-        words = [wishes.path_before, wishes.path_after, wishes.libraries_before, wishes.libraries_after]
-        # the shell knows better than the host where it stands
-        words += [f"{key}={value}" for key, value in self.host.items() if key not in ("PWD", "OLDPWD")]
-        words += ["--user", *(f"{key}={value}" for key, value in {**wishes.values, **self.own}.items()), "--"]
-        return ["/bin/sh", "-c", SCRIPT, "sciexec", *words, *argv]
+    def check_app(self) -> None:
+        """Raises ImageError where the image does not have the application, or the application not what the verb starts."""
+        if not os.path.isdir(f"{APPS}/{self.app}"):
+            raise ImageError(f"the image has no application {escaped(self.app)}", "`sciexec inspect --list-apps IMAGE` lists those it has")
+        file = {"run": "runscript", "test": "test"}.get(self.verb)
+        if file and not is_program(f"{APPS}/{self.app}/scif/{file}"):
+            raise ImageError(f"the application {escaped(self.app)} has no {file}")
 
     def execute(self) -> NoReturn:
         """Become the payload.  Call it inside the container, in the directory where the payload shall start, as the last step.
@@ -371,8 +285,12 @@ class Payload:
         Raises SciexecError where the program is not there or cannot be executed.
         """
         argv = self.command()
-        if self.scripts and os.path.isdir(SCRIPTS) and is_program("/bin/sh"):
-            execute(self.script(argv), {**self.own, "PATH": DEFAULT_PATH})
+        if not argv:
+            os.write(1, b"The image has no test.\n")
+            os._exit(0)
+        scripts = self.scripts
+        if scripts and (os.path.isdir(SCRIPTS) or scripts.needed) and is_program("/bin/sh"):
+            execute(scripts.command(os.getuid(), argv), {**scripts.own, "PATH": DEFAULT_PATH})
         if "PWD" in self.given and not is_here(self.given["PWD"]):
             self.given["PWD"] = os.getcwd()
         execute(argv, self.given)
@@ -388,27 +306,32 @@ def plan(
     home: str,
     program: str = "sciexec",
     cleanenv: bool = False,
+    no_env: Sequence[str] = (),
     no_eval: bool = False,
     env: Sequence[tuple[str, str]] = (),
     binds: Sequence[str] = (),
     bound: str = "",
     shell: str | None = None,
+    app: str = "",
 ) -> Payload:
     """The payload, decided without looking at anything but the arguments.
 
     Arguments:
-        verb: run, exec or shell.  argv: everything behind the image on the command line.
+        verb: run, exec, shell or test.  argv: everything behind the image on the command line.
         host: the caller's environment, host().
         start: the image's start object; None for an image that has none.
         image: its absolute path.  home: the home directory's path inside.
         program: the name under which sciexec was called.
-        env: (name, value) of every --env, in order.
+        no_env: names of the host's variables that stay outside.
+        env: (name, value) of every --env-file and --env, in order.
         binds: destinations of the binds: one over /.singularity.d means that the user wants those scripts.
         bound: the binds as the user wrote them, told to the payload.
-        shell: the value of --shell.
+        shell: the value of --shell.  app: that of --app; an application's environment is made by scripts.
     """
+    if "/" in app or app in (".", ".."):
+        raise UsageError(f"--app {escaped(app)}: not the name of an application", "`sciexec inspect --list-apps IMAGE` lists them")
     known = name(program)
-    wishes = Wishes(host, env)
+    user = wishes(host, env)
     own = {"HOME": home}
     for prefix in known.prefixes:
         own[f"{prefix}_CONTAINER"] = image
@@ -419,26 +342,33 @@ def plan(
             own[f"{prefix}_COMMAND"] = verb
             if no_eval:
                 own[f"{prefix}_NO_EVAL"] = "1"
+            if app:
+                own[f"{prefix}_APPNAME"] = app
     defaults = {
         "PS1": known.prompt,
         # an interactive bash takes PS1 from the user's ~/.bashrc; this puts ours back, once
         "PROMPT_COMMAND": f'PS1="{known.prompt}"; unset PROMPT_COMMAND',
     }
-    hosts = inherited(host, cleanenv)
-    scripts = start is None or any(map(over_scripts, binds))
-    images = dict(start.environment) if start is not None and not scripts else {}
-    if start is not None and not scripts and verb == "run":
-        argv = [*start.entrypoint, *(argv or start.command)]
+    hosts = inherited(host, cleanenv, no_env)
+    images: dict[str, str] = {}
+    asked: Scripts | None = None
+    if start is None or app or any(map(over_scripts, binds)):
+        from sciexec import scripts
+
+        asked = scripts.Scripts(own, user, {**hosts, **defaults}, evaluate=start is None and not no_eval)
+    else:
+        images = dict(start.environment)
+        if verb == "run":
+            argv = [*start.entrypoint, *(argv or start.command)]
     emptied = [key for key, value in images.items() if not value and key in hosts]
-    given = {**hosts, **defaults, **images, **wishes.values, **own}
+    values = {key: value for key, value in user.items() if key not in PATH_PIECES}
+    given = {**hosts, **defaults, **images, **values, **own}
     for key in emptied:
-        if key not in wishes.values:
+        if key not in values:
             del given[key]
-    path = wishes.values.get("PATH") or with_defaults(images.get("PATH", ""))
-    given["PATH"] = joined(wishes.path_before, path, wishes.path_after)
-    libraries = wishes.values.get("LD_LIBRARY_PATH", joined(images.get("LD_LIBRARY_PATH", ""), LIBRARIES))
-    given["LD_LIBRARY_PATH"] = joined(wishes.libraries_before, libraries, wishes.libraries_after)
-    return Payload(verb, argv, given, scripts=scripts, own=own, host={**hosts, **defaults}, wishes=wishes, shell=shell)
+    given["PATH"] = searched("PATH", with_defaults(images.get("PATH", "")), user)
+    given["LD_LIBRARY_PATH"] = searched("LD_LIBRARY_PATH", joined(images.get("LD_LIBRARY_PATH", ""), LIBRARIES), user)
+    return Payload(verb, argv, given, scripts=asked, shell=shell, app=app)
 
 
 def over_scripts(destination: str) -> bool:

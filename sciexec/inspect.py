@@ -402,7 +402,7 @@ def _object(file: sif.Sif, number: int) -> sif.Descriptor:
     for descriptor in file.descriptors:
         if descriptor.id == number:
             return descriptor
-    raise UsageError(f"reading {file.name}: there is no SIF object {number}", f"sciexec sif list {file.name}")
+    raise UsageError(f"reading {file.name}: there is no SIF object {number}", f"`sciexec sif list {file.name}` lists them")
 
 
 def _table(rows: dict[str, str], gap: int) -> str:

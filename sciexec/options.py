@@ -118,8 +118,8 @@ OPTIONS = (
            state=LATER),
     Option("cleanenv", "--cleanenv -e", FLAG, "leave the host's environment outside", "CLEANENV"),
     Option("env", "--env", LIST, "set variables inside", metavar="NAME=VALUE,..."),
-    Option("env_file", "--env-file", LIST, "set the variables that this shell script sets", "ENV_FILE", metavar="PATH", state=LATER),
-    Option("no_env", "--no-env", LIST, "leave variables of the host outside", "NOENV", metavar="NAME,...", state=LATER),
+    Option("env_file", "--env-file", LIST, "set the variables that this file assigns, as a shell script would", "ENV_FILE", metavar="PATH"),
+    Option("no_env", "--no-env", LIST, "leave variables of the host outside", "NOENV NO_ENV", metavar="NAME,..."),
     Option("no_eval", "--no-eval", FLAG, "no shell reads arguments and variables (images made by sciexec: always)", "NO_EVAL"),
     Option("contain", "--contain -c", FLAG, "own /tmp, /var/tmp, home and a minimal /dev", "CONTAIN"),
     Option("containall", "--containall -C", FLAG, "--contain --cleanenv --pid --ipc", "CONTAINALL", state=LATER),
@@ -142,7 +142,7 @@ OPTIONS = (
     Option("net", "--net -n", FLAG, "own network: with --network none, the loopback alone", "NET UNSHARE_NET", state=LATER),
     Option("network", "--network", VALUE, "which: none is the one that needs no privileges", "NETWORK", metavar="NAME", state=LATER),
     Option("dns", "--dns", VALUE, "name servers for /etc/resolv.conf", "DNS", metavar="ADDRESS,...", state=LATER),
-    Option("app", "--app", VALUE, "the SCIF application to run", "APP APPNAME", metavar="NAME", state=LATER),
+    Option("app", "--app", VALUE, "the SCIF application of the image to run, or to run in", "APP APPNAME", metavar="NAME"),
     Option("security", "--security", LIST, "be another user or group inside", "SECURITY", metavar="uid:N|gid:N", state=LATER),
     Option("add_caps", "--add-caps", VALUE, "keep capabilities; they count inside only", "ADD_CAPS", metavar="CAP_NAME,...|all",
            state=LATER),
@@ -465,7 +465,7 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
     options.workdir = spelling.absolute(workdir) if workdir else None
     options.scratch = [spelling.inside("--scratch", word) for word in words(*texts("scratch"))]
     options.env = [pair for given in texts("env") for pair in spelling.assignments(given)]
-    options.env_files = [spelling.absolute(path) for path in texts("env_file") if path]
+    options.env_files = [spelling.absolute(path) for path in words(*texts("env_file"))]
     options.no_env = words(*texts("no_env"))
     options.overlays = [spelling.overlay(word) for word in words(*texts("overlay"))]
     size = text("tmpfs_size")

@@ -53,6 +53,11 @@ def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
     start = None
     if image.sif and descriptor:
         start = environment.load(sif.read_object(image.fd, image.sif, descriptor, environment.LARGEST_START), image.path)
+    env = options.env
+    if options.env_files:
+        from sciexec import envfile
+
+        env = [*envfile.read(options.env_files, host.environment), *env]
     return environment.plan(
         options.verb,
         options.argv,
@@ -62,11 +67,13 @@ def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
         home=home,
         program=options.program,
         cleanenv=options.cleanenv,
+        no_env=options.no_env,
         no_eval=options.no_eval,
-        env=options.env,
+        env=env,
         binds=[bind.target for bind in options.binds],
         bound=options.bound,
         shell=options.shell,
+        app=options.app or "",
     )
 
 

@@ -1,16 +1,15 @@
-"""What the payload sees: the rules as data, then the image's scripts in real shells, then real containers."""
+"""What the payload sees: the rules as data, and how it is executed without a shell."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from environment_fixtures import TRAPS, plan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,34 +17,9 @@ from sciexec import environment
 from sciexec.environment import DEFAULT_PATH, LIBRARIES, Start
 from sciexec.errors import HostError, ImageError
 
-# Text that would do something if any shell read it.
-TRAPS = [
-    "$(touch gone)",
-    "`touch gone`",
-    'a"b',
-    "it's",
-    "back\\slash",
-    "new\nline",
-    "!!",
-    "a;b",
-    "$HOME",
-    "*",
-    "~",
-    "ünï",
-    "\udce4",
-    " ",
-    "a  b",
-    "x=y",
-]
-
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 arguments = st.lists(text, max_size=5)
 variables = st.lists(st.tuples(text.filter(lambda name: name and "=" not in name), text), max_size=5)
-
-
-def plan(verb: str = "exec", argv: tuple[str, ...] = ("env",), /, **given: object) -> environment.Payload:
-    defaults: dict[str, object] = {"host": {}, "start": Start([], [], []), "image": "/data/app.sif", "home": "/home/ann"}
-    return environment.plan(verb, argv, **{**defaults, **given})  # type: ignore[arg-type]
 
 
 def seen(env: list[tuple[str, str]] | None = None, /, **given: object) -> dict[str, str]:
@@ -184,6 +158,16 @@ def test_nobody_changes_home_and_what_tells_the_container() -> None:
         assert inside["SCIEXEC_CONTAINER"] == "/data/app.sif"
 
 
+def test_variables_that_stay_outside() -> None:
+    host = {"FOO": "1", "BAR": "2", "BAZ": "3", "TERM": "xterm", "APPTAINERENV_FOO": "4"}
+    inside = seen([("BAZ", "image")], host=host, no_env=["FOO", "BAR", "BAZ", "TERM"])
+    assert (inside["FOO"], inside["BAZ"]) == ("4", "image")  # the user's own wish, and what the image says
+    assert not {"BAR", "TERM"} & set(inside)
+    assert "TERM" not in seen(host=host, no_env=["TERM"], cleanenv=True)
+    given = plan(start=None, host=host, no_env=["BAR"]).scripts
+    assert given and not [word for word in given.words if word.startswith("BAR=")]
+
+
 def test_under_another_name() -> None:
     inside = seen(program="/opt/bin/singularity", no_eval=True)
     assert {name for name in inside if name.startswith(("SCIEXEC", "APPTAINER"))} == set()
@@ -226,6 +210,7 @@ def test_cleanenv_as_cwltool_tests_it() -> None:
         ("/i", {"PATH": "$PATH:/foo"}, f"/i:{DEFAULT_PATH}:/foo"),
         ("/i", {"PATH": "/foo:${PATH}"}, f"/foo:/i:{DEFAULT_PATH}"),
         ("/i", {"PATH": "/a:$PATH:/z"}, f"/a:/i:{DEFAULT_PATH}:/z"),
+        ("/i", {"PATH": "$PATHS:${PATHS}:/z"}, "$PATHS:${PATHS}:/z"),
     ],
 )
 def test_path(image: str | None, user: dict[str, str], expected: str) -> None:
@@ -240,7 +225,9 @@ def test_path(image: str | None, user: dict[str, str], expected: str) -> None:
     [
         (None, {}, LIBRARIES),
         ("/opt/lib", {}, f"/opt/lib:{LIBRARIES}"),
-        ("/opt/lib", {"LD_LIBRARY_PATH": "/u"}, "/u"),
+        ("/opt/lib", {"LD_LIBRARY_PATH": "/u"}, f"/u:{LIBRARIES}"),
+        ("/opt/lib", {"LD_LIBRARY_PATH": f"{LIBRARIES}:/u"}, f"{LIBRARIES}:/u"),
+        ("/opt/lib", {"LD_LIBRARY_PATH": "/u:$LD_LIBRARY_PATH"}, f"/u:/opt/lib:{LIBRARIES}"),
         (None, {"PREPEND_LD_LIBRARY_PATH": "/a", "APPEND_LD_LIBRARY_PATH": "/z"}, f"/a:{LIBRARIES}:/z"),
     ],
 )
@@ -295,7 +282,7 @@ def test_shell_is_the_one_asked_for() -> None:
     ],
 )
 def test_a_bind_over_the_scripts_means_the_scripts(destination: str, scripts: bool) -> None:
-    assert plan(start=Start([], [], []), binds=["/x", destination]).scripts is scripts
+    assert bool(plan(start=Start([], [], []), binds=["/x", destination]).scripts) is scripts
     assert plan(start=None, binds=[]).scripts
 
 
@@ -309,160 +296,6 @@ def test_host_is_what_the_caller_gave_in_every_locale(given: Mapping[str, str]) 
     program += "from sciexec import environment; print(ascii(sorted(environment.host().items())))"
     done = subprocess.run([sys.executable, "-IS", "-c", program], env=dict(given), capture_output=True, text=True, check=True)
     assert done.stdout == f"{sorted(given.items())!a}\n"
-
-
-# --- scripts, in real shells ------------------------------------------------------------------------------------------------
-
-SHELLS = {"dash": "dash", "bash": "bash", "busybox": "busybox"}
-Scripted = Callable[..., "subprocess.CompletedProcess[bytes]"]
-
-
-@pytest.fixture(params=SHELLS)
-def scripted(request: pytest.FixtureRequest, tmp_path: Path, need: Callable[..., str]) -> Scripted:
-    """scripted({"90-x.sh": text}, *argv, host=..., env=...) runs the script that a container would, on files in tmp_path.
-
-    It is started as "sh", as which bash is strict and busybox knows what it is.
-    """
-    shell = need(request.param)
-
-    def run(files: dict[str, str], *argv: str, **given: object) -> subprocess.CompletedProcess[bytes]:
-        folder = tmp_path / "env"
-        folder.mkdir(exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_text(content)
-        payload = plan("exec", argv, start=None, **given)
-        _, *command = payload.script(argv)
-        command[1] = command[1].replace("/.singularity.d/env", str(folder))
-        return subprocess.run(
-            ["sh", *command],
-            executable=shell,
-            env={**payload.own, "PATH": DEFAULT_PATH},
-            cwd=tmp_path,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
-
-
-def variables_of(done: subprocess.CompletedProcess[bytes]) -> dict[str, str]:
-    assert (done.returncode, done.stderr) == (0, b"")
-    pairs = (entry.decode("utf-8", "surrogateescape").partition("=") for entry in done.stdout.split(b"\0") if entry)
-    return {name: value for name, _, value in pairs}
-
-
-def test_scripts_follow_the_same_rule(scripted: Scripted) -> None:
-    files = {
-        "10-docker2singularity.sh": 'export A="${A:-image}" B="${B:-image}" EMPTY="${EMPTY:-}" NEW="${NEW:-}"\n',
-        "90-environment.sh": "UNEXPORTED=1\n",
-    }
-    host = {
-        "A": "host",
-        "C": "host",
-        "EMPTY": "host",
-        "TERM": "xterm",
-        "HOSTNAME": "node7",
-        "PATH": "/host",
-        "SHLVL": "4",
-        "SINGULARITYENV_B": "user",
-        "SINGULARITYENV_NO": "",
-    }
-    inside = variables_of(scripted(files, "env", "-0", host=host))
-    assert (inside["A"], inside["B"], inside["C"], inside["NO"], inside["NEW"]) == ("image", "user", "host", "", "")
-    assert (inside["TERM"], inside["HOSTNAME"]) == ("xterm", "node7")  # bash sets both by itself where they are missing
-    assert not {"EMPTY", "UNEXPORTED"} & set(inside)
-    assert not [name for name in inside if name.startswith("sciexec")]
-    assert inside["PATH"] == DEFAULT_PATH
-    assert inside["HOME"] == "/home/ann"
-    assert inside["SINGULARITY_NAME"] == "app.sif"
-
-
-def test_scripts_do_not_see_the_host(scripted: Scripted) -> None:
-    inside = variables_of(
-        scripted(
-            {"90-x.sh": 'export SAW="${FOO-nothing} ${SINGULARITYENV_FOO-nothing} $SINGULARITY_NAME"\n'}, "env", "-0", host={"FOO": "1"}
-        )
-    )
-    assert (inside["SAW"], inside["FOO"]) == ("nothing nothing app.sif", "1")
-
-
-@pytest.mark.parametrize("value", [*TRAPS, "--", "--user"])
-def test_values_are_data_in_scripts_too(scripted: Scripted, value: str, tmp_path: Path) -> None:
-    inside = variables_of(scripted({}, "env", "-0", host={"H": value, "APPTAINERENV_U": value}, env=[("E", value)]))
-    assert (inside["H"], inside["U"], inside["E"]) == (value, value, value)
-    assert not (tmp_path / "gone").exists()
-
-
-@pytest.mark.parametrize("argument", [*TRAPS, "", "--", "--user", "A=1", "-x"])
-def test_arguments_are_data_in_scripts_too(scripted: Scripted, argument: str) -> None:
-    done = scripted({"90-x.sh": "set -- a b c; IFS=:\n"}, "printf", "%s|", "x", argument, host={"A": "1"})
-    assert (done.stdout, done.stderr) == (b"x|" + os.fsencode(argument) + b"|", b"")
-
-
-@pytest.mark.parametrize(
-    ("files", "user", "expected"),
-    [
-        ({}, {}, DEFAULT_PATH),
-        ({"90-x.sh": "PATH=/opt/bin:$PATH\n"}, {}, f"/opt/bin:{DEFAULT_PATH}"),
-        (
-            {"10-docker2singularity.sh": "export PATH='/opt/bin:/bin'\n"},
-            {},
-            "/opt/bin:/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin",
-        ),
-        ({"90-x.sh": "export PATH='/opt/bin:/bin:/usr/bin'\n"}, {}, "/opt/bin:/bin:/usr/bin"),
-        ({"90-x.sh": "PATH=\n"}, {"PREPEND_PATH": "/a", "APPEND_PATH": "/z"}, f"/a:{DEFAULT_PATH}:/z"),
-        ({"90-x.sh": "PATH=/i:/usr/bin\n"}, {"PATH": "$PATH:/foo"}, "/i:/usr/bin:/foo"),
-        ({"90-x.sh": "PATH=/i\n"}, {"PATH": "/u:/usr/bin"}, "/u:/usr/bin"),
-    ],
-)
-def test_path_in_scripts(scripted: Scripted, files: dict[str, str], user: dict[str, str], expected: str) -> None:
-    done = scripted(files, "/usr/bin/env", "-0", host={"PATH": "/host"}, env=list(user.items()))
-    assert variables_of(done)["PATH"] == expected
-
-
-def test_library_path_in_scripts(scripted: Scripted) -> None:
-    path = 'LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/.singularity.d/libs"\n'
-    base = {"99-base.sh": path + 'PS1="Image> "; export LD_LIBRARY_PATH PS1\n'}
-    host = {"LD_LIBRARY_PATH": "/host"}
-    inside = variables_of(scripted({}, "env", "-0", host=host))
-    assert (inside["LD_LIBRARY_PATH"], inside["PS1"]) == (LIBRARIES, "sciexec> ")
-    env = [("PREPEND_LD_LIBRARY_PATH", "/a"), ("APPEND_LD_LIBRARY_PATH", "/z")]
-    inside = variables_of(scripted({**base, "90-x.sh": "export LD_LIBRARY_PATH=/i\n"}, "env", "-0", host=host, env=env))
-    assert (inside["LD_LIBRARY_PATH"], inside["PS1"]) == (f"/a:/i:{LIBRARIES}:/z", "Image> ")
-
-
-def test_scripts_may_leave_the_shell_in_any_state(scripted: Scripted) -> None:
-    files = {"90-x.sh": "set -aefu\nIFS=/\nreadonly LOCKED=1\nalias printf=false\nset -- -- --user\n"}
-    inside = variables_of(scripted(files, "env", "-0", host={"LOCKED": "2", "UID": "5", "PPID": "6", "SHELLOPTS": "xtrace", "A": "1"}))
-    assert inside["A"] == "1"
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("nosuch", b'FATAL: "nosuch": executable file not found in $PATH\n'),
-        ("cd", b'FATAL: "cd": executable file not found in $PATH\n'),  # a shell has it, the image not
-        ("/no/such", b"FATAL: stat /no/such: no such file or directory\n"),
-        ("/etc", b'FATAL: "/etc": permission denied\n'),
-        ("/etc/passwd", b'FATAL: "/etc/passwd": permission denied\n'),
-        ("", b'FATAL: "": executable file not found in $PATH\n'),
-    ],
-)
-def test_a_missing_command_in_scripts(scripted: Scripted, command: str, message: bytes) -> None:
-    done = scripted({}, command, host={"A": "1"})
-    assert (done.returncode, done.stderr, done.stdout) == (255, message, b"")
-
-
-def test_the_exit_code_is_the_commands_own(scripted: Scripted) -> None:
-    assert scripted({}, "sh", "-c", "exit 37").returncode == 37
-    assert scripted({}, "sh", "-c", "kill -9 $$").returncode == -9
-
-
-def test_three_thousand_variables(scripted: Scripted) -> None:
-    host = {f"V{number}": str(number) for number in range(3_000)}
-    inside = variables_of(scripted({"90-x.sh": "export V7=image\n"}, "env", "-0", host=host))
-    assert {name: value for name, value in inside.items() if name in host} == {**host, "V7": "image"}
 
 
 # --- execve without a shell -------------------------------------------------------------------------------------------------
@@ -513,85 +346,3 @@ def test_the_first_program_on_the_path_that_can_be_executed(tmp_path: Path) -> N
         (tmp_path / name / "program").chmod(mode)
     done = execute(["program"], {"PATH": f"{tmp_path}/a:{tmp_path}/b:{tmp_path}/c", "X": "$Y"}, tmp_path)
     assert done.stdout == "b $Y\n"
-
-
-# --- in containers ----------------------------------------------------------------------------------------------------------
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def sandbox(rootfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image with scripts as Apptainer writes them."""
-    root = tmp_path_factory.mktemp("scripts") / "image"
-    shutil.copytree(rootfs, root, symlinks=True)
-    files = {
-        "env/10-docker2singularity.sh": 'export PATH=\'/opt/bin:/bin\'\nexport IMAGE="${IMAGE:-"yes"}"\n',
-        "env/90-environment.sh": 'export NAMED="$SINGULARITY_NAME"\n',
-        "runscript": '#!/bin/sh\necho "runscript: $*, $IMAGE"\n',
-    }
-    for name, content in files.items():
-        path = root / ".singularity.d" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-        path.chmod(0o755)
-    return root
-
-
-def test_an_image_with_scripts(sciexec: Command, sandbox: Path) -> None:
-    done = sciexec("exec", sandbox, "env", env={"IMAGE": "host", "HOST": "$(id)", "SINGULARITYENV_USER_VALUE": "`id`"})
-    assert (done.returncode, done.stderr) == (0, "")
-    inside = dict(line.split("=", 1) for line in done.stdout.splitlines())
-    assert (inside["IMAGE"], inside["HOST"], inside["USER_VALUE"], inside["NAMED"]) == ("yes", "$(id)", "`id`", "image")
-    assert inside["PATH"] == "/opt/bin:/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin"
-
-
-def test_run_uses_the_runscript(sciexec: Command, sandbox: Path) -> None:
-    assert sciexec("run", sandbox, "a", "b").stdout == "runscript: a b, yes\n"
-
-
-def test_a_script_bound_over_the_images(sciexec: Command, sandbox: Path, tmp_path: Path) -> None:
-    (tmp_path / "site.sh").write_text("export SITE=1\n")
-    done = sciexec("exec", "-B", f"{tmp_path}/site.sh:/.singularity.d/env/90-environment.sh", sandbox, "sh", "-c", "echo $SITE${NAMED-}")
-    assert done.stdout == "1\n", done.stderr
-
-
-def test_an_image_without_scripts_gets_its_environment_all_the_same(sciexec: Command, rootfs: Path) -> None:
-    done = sciexec("exec", "--cleanenv", "--env", "X=$(id)", rootfs, "env", env={"FOO": "1"})
-    inside = dict(line.split("=", 1) for line in done.stdout.splitlines())
-    assert inside["PATH"] == DEFAULT_PATH
-    assert (inside["LANG"], inside["X"]) == ("C", "$(id)")
-    assert not {"FOO", "PWD", "LC_CTYPE"} & set(inside)
-
-
-@pytest.mark.parametrize("image", ["sandbox", "rootfs"])
-@pytest.mark.parametrize(
-    ("command", "message"), [("nosuch", '"nosuch": executable file not found in $PATH'), ("/no", "stat /no: no such file or directory")]
-)
-def test_a_missing_command(sciexec: Command, image: str, command: str, message: str, request: pytest.FixtureRequest) -> None:
-    done = sciexec("exec", request.getfixturevalue(image), command)
-    assert (done.returncode, done.stdout, done.stderr) == (255, "", f"FATAL: {message}\n")
-
-
-def test_an_image_without_any_shell(sciexec: Command, need: Callable[..., str], tmp_path: Path) -> None:
-    """HTCondor probes with an image that holds one static binary and nothing else."""
-    image = tmp_path / "tiny"
-    (image / ".singularity.d/env").mkdir(parents=True)
-    (image / ".singularity.d/env/90-environment.sh").write_text("export NEVER=1\n")
-    shutil.copy(need("busybox"), image / "env")
-    done = sciexec("exec", image, "/env")
-    assert done.returncode == 0, done.stderr
-    assert "PATH=" in done.stdout and "NEVER" not in done.stdout
-    assert sciexec("exec", image, "true").stderr == 'FATAL: "true": executable file not found in $PATH\n'
-
-
-def test_shell_reads_commands(sciexec: Command, rootfs: Path) -> None:
-    done = sciexec("shell", rootfs, input="echo $((6 * 7)) $SINGULARITY_COMMAND; exit 5\n")
-    assert (done.stdout, done.returncode) == ("42 shell\n", 5)
-    assert sciexec("shell", "--shell", "/bin/cat", rootfs, input="read\n").stdout == "read\n"
-    assert sciexec("shell", "-s", "/no/shell", rootfs).returncode == 255
-
-
-def test_pwd_is_where_the_payload_starts(sciexec: Command, rootfs: Path) -> None:
-    done = sciexec("exec", "--pwd", "/usr", rootfs, "env", env={"PWD": "/nowhere"})
-    assert "PWD=/usr\n" in done.stdout

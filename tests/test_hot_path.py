@@ -15,7 +15,7 @@ import sciexec
 OURS = {
     "sciexec", "sciexec.__main__", "sciexec.enter", "sciexec.environment", "sciexec.errors", "sciexec.host", "sciexec.image",
     "sciexec.isolation", "sciexec.kernel", "sciexec.mounts", "sciexec.options", "sciexec.overlay", "sciexec.run", "sciexec.sif",
-    "sciexec.sources", "sciexec.spelling", "sciexec.squashfs",
+    "sciexec.scripts", "sciexec.sources", "sciexec.spelling", "sciexec.squashfs",
 }  # fmt: skip
 LIBRARY = {"__future__", "_ctypes", "_struct", "errno", "struct"}
 BARE = {
