@@ -289,11 +289,33 @@ class Payload:
             os.write(1, b"The image has no test.\n")
             os._exit(0)
         scripts = self.scripts
-        if scripts and (os.path.isdir(SCRIPTS) or scripts.needed) and is_program("/bin/sh"):
+        if scripts and not is_program("/bin/sh"):
+            argv = self.without_shell(argv, scripts)
+        elif scripts and (os.path.isdir(SCRIPTS) or scripts.needed):
             execute(scripts.command(os.getuid(), argv), {**scripts.own, "PATH": DEFAULT_PATH})
         if "PWD" in self.given and not is_here(self.given["PWD"]):
             self.given["PWD"] = os.getcwd()
         execute(argv, self.given)
+
+    def without_shell(self, argv: list[str], scripts: Scripts) -> list[str]:
+        """argv in an image that has no shell for its scripts: what they say about an OCI image can be read without one."""
+        from sciexec import assignments  # plan() has loaded it
+
+        self.given = outcome(scripts.host, assignments.image(SCRIPTS, scripts.own), scripts.user, scripts.own)
+        parts = assignments.oci(argv[0]) if argv[0] in RUNSCRIPTS else None
+        return [*parts[0], *(self.argv or parts[1])] if parts else argv
+
+
+def outcome(host: Mapping[str, str], image: Mapping[str, str], user: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """The environment, where no script has a say: each of these overrides those in front of it."""
+    values = {key: value for key, value in user.items() if key not in PATH_PIECES}
+    given = {**host, **image, **values, **own}
+    for key, value in image.items():
+        if not value and key in host and key not in user and key not in own:
+            del given[key]  # defined empty by the image: it shall not be there
+    given["PATH"] = searched("PATH", with_defaults(image.get("PATH", "")), user)
+    given["LD_LIBRARY_PATH"] = searched("LD_LIBRARY_PATH", joined(image.get("LD_LIBRARY_PATH", ""), LIBRARIES), user)
+    return given
 
 
 def plan(
@@ -349,26 +371,18 @@ def plan(
         # an interactive bash takes PS1 from the user's ~/.bashrc; this puts ours back, once
         "PROMPT_COMMAND": f'PS1="{known.prompt}"; unset PROMPT_COMMAND',
     }
-    hosts = inherited(host, cleanenv, no_env)
+    hosts = {**inherited(host, cleanenv, no_env), **defaults}
     images: dict[str, str] = {}
     asked: Scripts | None = None
     if start is None or app or any(map(over_scripts, binds)):
-        from sciexec import scripts
+        from sciexec import assignments, scripts  # noqa: F401  # here, as no module can be loaded inside
 
-        asked = scripts.Scripts(own, user, {**hosts, **defaults}, evaluate=start is None and not no_eval)
+        asked = scripts.Scripts(own, user, hosts, evaluate=start is None and not no_eval)
     else:
         images = dict(start.environment)
         if verb == "run":
             argv = [*start.entrypoint, *(argv or start.command)]
-    emptied = [key for key, value in images.items() if not value and key in hosts]
-    values = {key: value for key, value in user.items() if key not in PATH_PIECES}
-    given = {**hosts, **defaults, **images, **values, **own}
-    for key in emptied:
-        if key not in values:
-            del given[key]
-    given["PATH"] = searched("PATH", with_defaults(images.get("PATH", "")), user)
-    given["LD_LIBRARY_PATH"] = searched("LD_LIBRARY_PATH", joined(images.get("LD_LIBRARY_PATH", ""), LIBRARIES), user)
-    return Payload(verb, argv, given, scripts=asked, shell=shell, app=app)
+    return Payload(verb, argv, outcome(hosts, images, user, own), scripts=asked, shell=shell, app=app)
 
 
 def over_scripts(destination: str) -> bool:

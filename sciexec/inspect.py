@@ -82,7 +82,7 @@ def inspect(
     found = attributes(path, chosen, apps=bool(app or list_apps or len(chosen) == len(ATTRIBUTES)))
     apps = found.get("apps", {})
     if app and app not in apps:
-        raise ImageError(f"inspecting {path}: there is no application {escaped(app)!r}", "--list-apps lists them")
+        raise ImageError(f"inspecting {path}: there is no application {escaped(app)}", f"`sciexec apps {escaped(path)}` lists them")
     if app:
         found = {name: value for name, value in apps[app].items() if name in chosen}
         found = {"apps": {app: found}} if as_json else found
@@ -134,8 +134,8 @@ def _parsed(document: bytes, path: str, wanted: Collection[str], apps: bool) -> 
     try:
         everything = json.loads(document)["data"]["attributes"]
         found = _selected(everything, wanted)
-        if apps:
-            found = {"apps": {str(name): _selected(app, ATTRIBUTES) for name, app in everything.get("apps", {}).items()}, **found}
+        if apps and everything.get("apps"):
+            found = {"apps": {str(name): _selected(app, ATTRIBUTES) for name, app in everything["apps"].items()}, **found}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ImageError(f"inspecting {path}: the object {METADATA} is not what it should be") from error
     return found
@@ -153,8 +153,8 @@ def _selected(everything: Attributes, wanted: Collection[str]) -> Attributes:
 def _gathered(tree: Tree, wanted: Collection[str], apps: bool) -> Attributes:
     """The attributes out of the image's own files."""
     found: Attributes = {}
-    if apps:
-        names = tree.names("scif/apps")[:MAX_APPS]
+    names = tree.names("scif/apps")[:MAX_APPS] if apps else []
+    if names:
         found["apps"] = {name: dict(_read(tree, f"scif/apps/{name}/", APP_FILES, APP_ENVIRONMENT_SCRIPTS, ATTRIBUTES)) for name in names}
     return {**found, **dict(_read(tree, "", FILES, ENVIRONMENT_SCRIPTS, wanted))}
 

@@ -55,9 +55,9 @@ def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
         start = environment.load(sif.read_object(image.fd, image.sif, descriptor, environment.LARGEST_START), image.path)
     env = options.env
     if options.env_files:
-        from sciexec import envfile
+        from sciexec import assignments
 
-        env = [*envfile.read(options.env_files, host.environment), *env]
+        env = [*assignments.read(options.env_files, host.environment), *env]
     return environment.plan(
         options.verb,
         options.argv,

@@ -126,7 +126,7 @@ class Scripts:
         evaluate: whether $ and ` mean something in the user's values; `needed` says that one of them has such a thing.
     """
 
-    __slots__ = ("needed", "own", "pieces", "words")
+    __slots__ = ("host", "needed", "own", "pieces", "user", "words")
 
     def __init__(self, own: Mapping[str, str], user: Mapping[str, str], host: Mapping[str, str], *, evaluate: bool) -> None:
         texts = {}
@@ -139,7 +139,7 @@ class Scripts:
                 texts[name] = literal(value)
             elif name in SEARCH_PATHS and len(pieces := around(value, name)) > 1:
                 texts[name] = f"${{{name}}}".join(map(literal, pieces))
-        self.own = own
+        self.own, self.user, self.host = own, user, host
         self.pieces = [texts.pop(name, "") for name in PIECES]
         # an empty PATH is none, and the shell knows better than the host where it stands
         given = {name: value for name, value in user.items() if name not in (*texts, *PIECES) and (value or name != "PATH")}

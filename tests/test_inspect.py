@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, cast
@@ -125,8 +126,16 @@ def test_applications(described: str) -> None:
     assert inspect.inspect(described, app="foo") == "F: 1\n"
     assert inspect.inspect(described, ["runscript", "helpfile"], app="foo") == "#!/bin/sh\n\n    echo foo\n    help of foo\n"
     assert document(inspect.inspect(described, ["helpfile"], app="foo", as_json=True)) == {"apps": {"foo": {"helpfile": "    help of foo"}}}
-    with pytest.raises(ImageError, match="no application 'bar'"):
+    with pytest.raises(ImageError, match="no application bar"):
         inspect.inspect(described, app="bar")
+
+
+def test_an_image_without_applications(sandbox: Path, tmp_path: Path) -> None:
+    shutil.rmtree(sandbox / "scif")
+    for path in (str(sandbox), make(tmp_path / "none.sif", b'{"data": {"attributes": {"apps": {}, "runscript": "x"}}}')):
+        assert inspect.inspect(path, list_apps=True) == ""
+        assert document(inspect.inspect(path, list_apps=True, as_json=True)) == {}
+        assert "apps" not in document(inspect.inspect(path, inspect.ATTRIBUTES, as_json=True))
 
 
 def test_a_directory_says_the_same(sandbox: Path) -> None:

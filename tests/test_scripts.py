@@ -299,16 +299,36 @@ def test_a_missing_command(sciexec: Command, image: str, command: str, message: 
 
 
 def test_an_image_without_any_shell(sciexec: Command, need: Callable[..., str], tmp_path: Path) -> None:
-    """HTCondor probes with an image that holds one static binary and nothing else."""
+    """HTCondor probes with an image that holds one static binary and nothing else; Apptainer makes others of OCI images."""
     image = tmp_path / "tiny"
-    (image / ".singularity.d/env").mkdir(parents=True)
-    (image / ".singularity.d/env/90-environment.sh").write_text("export NEVER=1\n")
+    files = {
+        "env/10-docker2singularity.sh": 'export PATH="/opt"\nexport FROM_OCI="${FROM_OCI:-"it\\"s \\$HOME"}"\n'
+        'export EMPTY="${EMPTY:-""}"\n',
+        "env/90-environment.sh": "if true; then export NEVER=1; fi\n",
+        "runscript": "#!/bin/sh\nOCI_ENTRYPOINT='\"/env\" \"echo\"'\nOCI_CMD='\"a b\" \"\\$HOME\"'\n"
+        'if true; then exec "$@"; fi\neval "set ${SINGULARITY_OCI_RUN}"\n',
+    }
+    for name, text in files.items():
+        (image / ".singularity.d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (image / ".singularity.d" / name).write_text(text)
+    (image / ".singularity.d/runscript").chmod(0o755)
     shutil.copy(need("busybox"), image / "env")
-    done = sciexec("exec", image, "/env")
-    assert done.returncode == 0, done.stderr
-    assert "PATH=" in done.stdout and "NEVER" not in done.stdout
-    assert "X=$HOME\n" in sciexec("exec", "--env", "X=$HOME", image, "/env").stdout  # nobody there to evaluate it
+    host = {"FROM_OCI": "host", "EMPTY": "host", "HOST": "host"}
+    done = sciexec("exec", "--env", "X=$HOME,Y=1", image, "/env", env=host)  # nobody there to evaluate it
+    assert (done.returncode, done.stderr) == (0, "")
+    inside = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert (inside["FROM_OCI"], inside["HOST"], inside["X"], inside["Y"]) == ('it"s $HOME', "host", "$HOME", "1")
+    assert inside["PATH"] == f"/opt:{DEFAULT_PATH}"
+    assert not {"NEVER", "EMPTY"} & set(inside)
+    (image / "env").rename(image / "busybox")
+    (image / "env").symlink_to("busybox")
+    (image / ".singularity.d/runscript").write_text(files["runscript"].replace("/env", "/busybox"))
+    assert sciexec("run", image).stdout == "a b $HOME\n"
+    assert sciexec("run", image, "x  y", "$HOME").stdout == "x  y $HOME\n"
     assert sciexec("exec", image, "true").stderr == 'FATAL: "true": executable file not found in $PATH\n'
+    (image / ".singularity.d/runscript").write_text("#!/bin/sh\nexec /busybox\n")
+    done = sciexec("run", image)
+    assert done.stderr == 'FATAL: "/.singularity.d/runscript": the interpreter that it names is not in the image\n'
 
 
 def test_shell_reads_commands(sciexec: Command, rootfs: Path) -> None:

@@ -1,4 +1,4 @@
-"""--env-file: the assignments of a shell script, read without a shell, so that nothing of it is ever executed on the host.
+"""The assignments of a shell script, read without a shell, so that nothing of it is ever executed.
 
     # a comment
     NAME=value OTHER=value; export NAME=value          several in a line, if need be
@@ -6,12 +6,17 @@
     NAME+=:more
     export NAME; unset NAME; set -a                    without effect but for unset: every assignment counts
 
-$NAME is what the file has assigned above, else the host's variable.  Words are neither split nor globbed.  Everything else of a
-shell (commands, $(...), tests, loops) is refused with the number of its line.  Source: POSIX.1-2017, Shell Command Language;
-`apptainer exec --env-file` has the same values for the same text, and forbids commands too.
+$NAME is what was assigned above, else a variable that the caller names.  Words are neither split nor globbed.  Everything else of
+a shell (commands, $(...), tests, loops) is refused with the number of its line.
+
+Files of --env-file are such scripts: `apptainer exec --env-file` has the same values for the same text, and forbids commands too.
+So are those in which Apptainer writes down ENV, ENTRYPOINT and CMD of an OCI image, and where an image has no shell there is
+nobody else to read them.  Source: POSIX.1-2017, Shell Command Language.
 """
 
 from __future__ import annotations
+
+import os
 
 from sciexec.errors import HostError, SciexecError, escaped
 
@@ -41,6 +46,52 @@ def read(paths: Iterable[str], host: Mapping[str, str]) -> list[tuple[str, str]]
     return list(found.items())
 
 
+def image(folder: str, own: Mapping[str, str]) -> dict[str, str]:
+    """What the scripts of an image without a shell assign, as far as they only assign; the others are left out.
+
+    Arguments:
+        folder: /.singularity.d/env, seen from inside.  own: the runtime's variables.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        now = dict(found)
+        try:
+            File(name, content(f"{folder}/{name}"), own, now).read()
+        except SciexecError:
+            continue
+        found = now
+    return found
+
+
+OCI = 'eval "set ${SINGULARITY_OCI_RUN}"'  # by which Apptainer knows such a script
+
+
+def oci(path: str) -> tuple[list[str], list[str]] | None:
+    """ENTRYPOINT and CMD, which a runscript of Apptainer assigns at its beginning; None for another kind of script."""
+    found: dict[str, str] = {}
+    try:
+        text = content(path)
+        if OCI not in text:
+            return None
+        File(path, text, {}, found).read()
+    except SciexecError:  # at the first line behind
+        pass
+    if "OCI_ENTRYPOINT" not in found or "OCI_CMD" not in found:
+        return None
+    return words(path, found["OCI_ENTRYPOINT"]), words(path, found["OCI_CMD"])
+
+
+def words(path: str, text: str) -> list[str]:
+    """The words of a command, without quotes.  path: where it is from, for messages."""
+    file = File(path, text, {}, {})
+    found = []
+    file.blanks()
+    while file.peek():
+        found.append(file.pieces(BLANK))
+        file.blanks()
+    return found
+
+
 def content(path: str) -> str:
     data = b""
     try:
@@ -48,9 +99,9 @@ def content(path: str) -> str:
             while len(data) <= LARGEST and (piece := file.read(1 << 16)):
                 data += piece
     except OSError as error:
-        raise HostError(f"reading the environment file {escaped(path)}: {error.strerror}") from error
+        raise HostError(f"reading {escaped(path)}: {error.strerror}") from error
     if len(data) > LARGEST or b"\0" in data:
-        raise SciexecError(f"reading the environment file {escaped(path)}: more than 4 MiB, or a NUL character in it")
+        raise SciexecError(f"reading {escaped(path)}: more than 4 MiB, or a NUL character in it")
     return data.replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape")
 
 
@@ -222,4 +273,4 @@ class File:
 
     def refuse(self, what: str) -> NoReturn:
         line = self.text.count("\n", 0, self.position) + 1
-        raise SciexecError(f"reading the environment file {escaped(self.path)}, line {line}: {what}", HINT)
+        raise SciexecError(f"reading {escaped(self.path)}, line {line}: {what}", HINT)

@@ -1,4 +1,4 @@
-"""--env-file: what a shell makes of the same text, without a shell."""
+"""Assignments: what a shell makes of the same text, without a shell; --env-file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sciexec import envfile
+from sciexec import assignments
 from sciexec.errors import HostError, SciexecError
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -20,7 +20,7 @@ HOST = {"HOME": "/home/ann", "HOSTVAR": "of the host", "PATH": "/bin"}
 
 def read(path: Path, text: str, host: dict[str, str] = HOST) -> dict[str, str]:
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    return dict(envfile.read([str(path)], host))
+    return dict(assignments.read([str(path)], host))
 
 
 # As Apptainer 1.4.5 has them (and every POSIX shell, but for the tilde behind a colon).
@@ -103,7 +103,7 @@ def test_a_file_as_people_write_it(tmp_path: Path) -> None:
 def test_a_later_file_over_an_earlier_one(tmp_path: Path) -> None:
     (tmp_path / "1").write_text("A=1\nB=1\n")
     (tmp_path / "2").write_text("B=$B.2\n")
-    assert envfile.read([str(tmp_path / "1"), str(tmp_path / "2")], HOST) == [("A", "1"), ("B", "1.2")]
+    assert assignments.read([str(tmp_path / "1"), str(tmp_path / "2")], HOST) == [("A", "1"), ("B", "1.2")]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_later_file_over_an_earlier_one(tmp_path: Path) -> None:
 )
 def test_everything_else_is_refused_and_nothing_executed(text: str, line: int | None, what: str, tmp_path: Path) -> None:
     place = "" if line is None else f"line {line}: "
-    with pytest.raises(SciexecError, match=rf"reading the environment file {tmp_path}/file.*{place}.*{what}"):
+    with pytest.raises(SciexecError, match=rf"reading {tmp_path}/file.*{place}.*{what}"):
         read(tmp_path / "file", text)
     assert not (tmp_path / "gone").exists()
 
@@ -151,7 +151,29 @@ def test_everything_else_is_refused_and_nothing_executed(text: str, line: int | 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path, cause in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(HostError, match=cause):
-            envfile.read([str(path)], HOST)
+            assignments.read([str(path)], HOST)
+
+
+def test_what_apptainer_writes_for_an_oci_image(tmp_path: Path) -> None:
+    """Its escapes are those between double quotes; the rest of the script needs a shell."""
+    (tmp_path / "runscript").write_text(
+        "#!/bin/sh\nOCI_ENTRYPOINT='\"/busybox\" \"echo\"'\nOCI_CMD='\"a b\" \"\\$HOME \\\"q\\\" \\\\\" \"\"'\n"
+        'if [ -n "$SINGULARITY_NO_EVAL" ]; then\n    exec "$@"\nfi\neval "set ${SINGULARITY_OCI_RUN}"\nexec "$@"\n'
+    )
+    assert assignments.oci(str(tmp_path / "runscript")) == (["/busybox", "echo"], ["a b", '$HOME "q" \\', ""])
+    (tmp_path / "runscript").write_text("#!/bin/sh\nOCI_ENTRYPOINT='x'\nOCI_CMD=''\nexec other\n")
+    assert assignments.oci(str(tmp_path / "runscript")) is None
+    env = {
+        "01-base.sh": "#!/bin/sh\n# nothing\n",
+        "10-docker2singularity.sh": '#!/bin/sh\nexport PATH="/opt:/bin"\nexport A="${A:-"a \\$x \\"q\\""}"\nexport E="${E:-""}"\n',
+        "90-environment.sh": "B=$HOME\nif true; then C=1; fi\n",
+        "91-environment.sh": "D=$A\nA=later\n",
+    }
+    (tmp_path / "env").mkdir()
+    for name, text in env.items():
+        (tmp_path / "env" / name).write_text(text)
+    assert assignments.image(str(tmp_path / "env"), HOST) == {"PATH": "/opt:/bin", "A": "later", "E": "", "D": 'a $x "q"'}
+    assert assignments.image(str(tmp_path / "none"), HOST) == {}
 
 
 def test_in_a_container(sciexec: Command, rootfs: Path, tmp_path: Path) -> None:
@@ -175,6 +197,6 @@ def test_in_a_container(sciexec: Command, rootfs: Path, tmp_path: Path) -> None:
     assert inside(APPTAINER_ENV_FILE="b")["B"] == "later"
     assert sciexec("exec", "--env-file", "/dev/stdin", rootfs, "sh", "-c", "echo $X", input="X=1\n").stdout == "1\n"
     done = sciexec("exec", "--env-file", "none", rootfs, "true", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (255, f"FATAL: reading the environment file {tmp_path}/none: No such file or directory\n")
+    assert (done.returncode, done.stderr) == (255, f"FATAL: reading {tmp_path}/none: No such file or directory\n")
     assert sciexec("exec", "--no-env", "HOSTVAR,X", rootfs, "sh", "-c", "echo ${HOSTVAR-none}", env=host).stdout == "none\n"
     assert sciexec("exec", rootfs, "sh", "-c", "echo ${X-none}", env={"X": "1", "APPTAINER_NOENV": "X"}).stdout == "none\n"
