@@ -332,7 +332,6 @@ def plan(
     no_eval: bool = False,
     env: Sequence[tuple[str, str]] = (),
     binds: Sequence[str] = (),
-    bound: str = "",
     shell: str | None = None,
     app: str = "",
 ) -> Payload:
@@ -346,8 +345,7 @@ def plan(
         program: the name under which sciexec was called.
         no_env: names of the host's variables that stay outside.
         env: (name, value) of every --env-file and --env, in order.
-        binds: destinations of the binds: one over /.singularity.d means that the user wants those scripts.
-        bound: the binds as the user wrote them, told to the payload.
+        binds: destinations of the binds, told to the payload; one over /.singularity.d means that the user wants those scripts.
         shell: the value of --shell.  app: that of --app; an application's environment is made by scripts.
     """
     if "/" in app or app in (".", ".."):
@@ -359,7 +357,7 @@ def plan(
         own[f"{prefix}_CONTAINER"] = image
         own[f"{prefix}_NAME"] = image.rpartition("/")[2]
         if prefix != "SCIEXEC":
-            own[f"{prefix}_BIND"] = bound
+            own[f"{prefix}_BIND"] = ",".join(binds)
             own[f"{prefix}_ENVIRONMENT"] = f"{SCRIPTS}/91-environment.sh"
             own[f"{prefix}_COMMAND"] = verb
             if no_eval:

@@ -71,7 +71,6 @@ def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
         no_eval=options.no_eval,
         env=env,
         binds=[bind.target for bind in options.binds],
-        bound=options.bound,
         shell=options.shell,
         app=options.app or "",
     )

@@ -1,6 +1,6 @@
 """The image of the tables and of the documentation: a small Debian tree with all that a definition file can put into an image.
 
-demo.sif   runscript, startscript, test, help, labels, environment, the SCIF applications hello and count
+demo.sif   runscript, startscript, test, help, labels, environment, the SCIF applications count and mesh
 made       of `rootfs` (conftest), with its scripts written here; Apptainer runs the same file
 """
 
@@ -63,7 +63,7 @@ export PATH="/opt/demo/bin:$PATH"
 
 # What `build` lays down in every image: the variables of all applications, and, for --app, those of one.
 ALL_APPS = """\
-export SCIF_APPDATA_hello="/scif/data/hello" SCIF_APPROOT_hello="/scif/apps/hello" SCIF_APPBIN_hello="/scif/apps/hello/bin"
+export SCIF_APPDATA_mesh="/scif/data/mesh" SCIF_APPROOT_mesh="/scif/apps/mesh" SCIF_APPBIN_mesh="/scif/apps/mesh/bin"
 export SCIF_APPDATA_count="/scif/data/count" SCIF_APPROOT_count="/scif/apps/count" SCIF_APPBIN_count="/scif/apps/count/bin"
 """
 
@@ -99,16 +99,16 @@ FILES = {
     ".singularity.d/env/99-base.sh": BASE,
     "opt/demo/bin/demo-tool": '#!/bin/sh\necho "the tool of demo"\n',
     "opt/demo/text": "text of demo\n",
-    "scif/apps/hello/scif/runscript": '#!/bin/sh\necho "hello $* from $SCIF_APPNAME, $HELLO"\n',
-    "scif/apps/hello/scif/runscript.help": "    It says hello.\n",
-    "scif/apps/hello/scif/labels.json": '{\n\t"Tongue": "English"\n}\n',
-    "scif/apps/hello/scif/test": '#!/bin/sh\necho "test of hello"\n',
-    "scif/apps/hello/scif/env/90-environment.sh": 'export HELLO="variable of hello"\n',
-    "scif/apps/hello/bin/hello-tool": '#!/bin/sh\necho "the tool of hello"\n',
+    "scif/apps/mesh/scif/runscript": '#!/bin/sh\necho "mesh $* from $SCIF_APPNAME, $HELLO"\n',
+    "scif/apps/mesh/scif/runscript.help": "    It makes a mesh.\n",
+    "scif/apps/mesh/scif/labels.json": '{\n\t"Tongue": "English"\n}\n',
+    "scif/apps/mesh/scif/test": '#!/bin/sh\necho "test of mesh"\n',
+    "scif/apps/mesh/scif/env/90-environment.sh": 'export HELLO="variable of mesh"\n',
+    "scif/apps/mesh/bin/mesh-tool": '#!/bin/sh\necho "the tool of mesh"\n',
     "scif/apps/count/scif/runscript": '#!/bin/sh\necho "$#"\n',
 }
 PROGRAMS = (".singularity.d/runscript", ".singularity.d/startscript", ".singularity.d/test", "/bin/", "/scif/runscript", "/scif/test")
-DIRECTORIES = (".singularity.d/libs", ".singularity.d/actions", "scif/data/hello", "scif/data/count")
+DIRECTORIES = (".singularity.d/libs", ".singularity.d/actions", "scif/data/mesh", "scif/data/count")
 
 
 def make_tree(rootfs: Path, target: Path) -> Path:
@@ -131,16 +131,16 @@ def metadata() -> bytes:
     def text(name: str) -> str:
         return FILES[name].rstrip("\n")
 
-    hello = "scif/apps/hello/scif/"
+    mesh = "scif/apps/mesh/scif/"
     attributes = {
         "apps": {
             "count": {"runscript": text("scif/apps/count/scif/runscript")},
-            "hello": {
-                "environment": {"/" + hello + "env/90-environment.sh": text(hello + "env/90-environment.sh")},
-                "labels": json.loads(FILES[hello + "labels.json"]),
-                "runscript": text(hello + "runscript"),
-                "test": text(hello + "test"),
-                "helpfile": text(hello + "runscript.help"),
+            "mesh": {
+                "environment": {"/" + mesh + "env/90-environment.sh": text(mesh + "env/90-environment.sh")},
+                "labels": json.loads(FILES[mesh + "labels.json"]),
+                "runscript": text(mesh + "runscript"),
+                "test": text(mesh + "test"),
+                "helpfile": text(mesh + "runscript.help"),
             },
         },
         "environment": {"/.singularity.d/env/90-environment.sh": ENVIRONMENT.rstrip("\n")},

@@ -10,7 +10,7 @@ The code must be 0, unless "FATAL: " is expected.  Comments of HTML, which no re
 
     <!-- not run: REASON -->         the block needs what is not here
     <!-- not run (TEXT): REASON -->  its lines with TEXT in them do
-    <!-- file: NAME -->              the block is the content of a file
+    <!-- file: NAME -->              the block is the content of a file, which is there from the page's beginning
     <!-- setup: COMMAND -->          run in front of it
 """
 
@@ -48,7 +48,7 @@ class Block:
 
 
 class Step:
-    """A command of a page, with what it must print (None: anything).  hidden: made by the test, not shown to the reader."""
+    """A command of a page, with what it must print (None: anything)."""
 
     def __init__(self, number: int, command: str, expected: str | None = None) -> None:
         self.number = number
@@ -119,6 +119,14 @@ def steps(block: Block) -> list[Step]:
     return [step for step in found if not any(text in step.command for text in left_out)]
 
 
+def story(text: str) -> list[Step]:
+    """All that has to be done for a page, its files first."""
+    files, others = [], []
+    for block in blocks(text):
+        (files if block.value("file") else others).extend(steps(block))
+    return files + others
+
+
 def matches(expected: str, shown: str) -> bool:
     """Whether what was printed is what was expected, blanks at the end of a line and empty lines at the end aside."""
 
@@ -152,6 +160,8 @@ def archives(oci_layout: Path, need: Need, tmp_path_factory: pytest.TempPathFact
 PREPARATION = """
 cp -a {demo}/demo.sif {demo}/demo {archives}/layout {archives}/model.tar .
 ln demo.sif model.sif
+ln demo.sif image.sif
+cp -a demo sandbox
 mkdir -p data/era5 home scratch .cache
 echo '271.5 272.0' > data/era5/t2m
 echo '1 2 3' > data/table
@@ -162,7 +172,7 @@ chmod +x analyse
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page(page: Path, demo: Path, archives: Path, sciexec_path: Path, tmp_path: Path) -> None:
-    todo = [step for block in blocks(page.read_text()) for step in steps(block)]
+    todo = story(page.read_text())
     work, results = tmp_path / "page", tmp_path / "results"
     work.mkdir()
     results.mkdir()
@@ -236,12 +246,12 @@ $ sciexec run
 
 
 def test_the_reading_of_pages() -> None:
-    made = [(step.number, step.command, step.expected) for block in blocks(PAGE) for step in steps(block)]
+    made = [(step.number, step.command, step.expected) for step in story(PAGE)]
     assert made == [
+        (21, "printf %s '#!/bin/sh\n' > x.sh && chmod 755 x.sh", None),
         (3, "sciexec exec a", None),
         (5, "sciexec exec b \\\n    c", None),
         (11, "echo sciexec run", "one\n..."),
         (14, "sciexec run", None),
-        (21, "printf %s '#!/bin/sh\n' > x.sh && chmod 755 x.sh", None),
     ]
     assert matches("a\n...", "a\nb\nc\n") and matches("a ... c\n...\nd", "a b c\nd\n") and not matches("a", "a\nb")

@@ -33,8 +33,8 @@ FLOORS += ["sciexec.cli", "sciexec.__main__"]
 
 # What a run may load: its start is the product's first budget (bare interpreter 9 ms; re, json or typing would add as much again).
 HOT = """
-    __init__ __main__ errors kernel squashfs sif image sources spelling options scripts assignments environment host mounts overlay isolation
-    enter run
+    __init__ __main__ errors kernel squashfs sif image sources spelling options scripts assignments environment host mounts overlay
+    isolation enter run
 """.split()
 HOT_LIBRARY = {"__future__", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal", "socket",
                "_socket", "posix", "fcntl", "pwd", "grp", "resource", "select"}
