@@ -194,7 +194,7 @@ class Downloads:
         read() raises RegistryError, ImageError and HostError as the source does.
         """
         self._start()
-        return _Resilient(lambda: self._open(blob), lambda: counted(self._fetch(blob), blob, self._progress))
+        return _Resilient(blob, lambda: self._open(blob), lambda: counted(self._fetch(blob), blob, self._progress))
 
     def _open(self, blob: Blob) -> Stream:
         writer = self._writers.get(blob.digest)
@@ -275,13 +275,20 @@ class Downloads:
 
 
 class _Resilient:
-    """A stream out of the cache that goes on from the source where the cache fails."""
+    """A stream out of the cache that goes on from the source where the cache fails.
 
-    def __init__(self, first: Callable[[], Stream], source: Callable[[], Stream]) -> None:
+    `verified` says whether it ends only where digest and size are right: a download has been hashed by its writer, and hashing
+    half a gigabyte once more costs as much as a twentieth of a conversion.
+    """
+
+    def __init__(self, blob: Blob, first: Callable[[], Stream], source: Callable[[], Stream]) -> None:
+        self._blob = blob
         self._source: Callable[[], Stream] | None = source
         self._offset = 0
+        self.verified = False
         try:
             self._stream = first()
+            self.verified = isinstance(self._stream, Reader)
         except CacheLost:
             self._turn_to_source()
 
@@ -300,9 +307,32 @@ class _Resilient:
     def _turn_to_source(self) -> None:
         assert self._source is not None
         self._stream, self._source = self._source(), None
+        if self.verified:
+            self._stream = _Verifying(self._stream, self._blob)
         skip = self._offset
         while skip and (data := self._stream.read(min(skip, CHUNK))):
             skip -= len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Verifying:
+    """A stream of a blob from its first byte on, whose end is a proof of digest and size, as a Reader's is."""
+
+    def __init__(self, stream: Stream, blob: Blob) -> None:
+        self._stream, self._blob = stream, blob
+        self._hash = hashlib.new(split_digest(blob.digest)[0])
+        self._count = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._hash.update(data)
+        self._count += len(data)
+        ends = not data and size > 0
+        if (ends and self._hash.hexdigest() != split_digest(self._blob.digest)[1]) or 0 <= self._blob.size < self._count:
+            raise ImageError(f"reading blob {self._blob.digest[:19]}: its content does not have this digest")
+        return data
 
     def close(self) -> None:
         self._stream.close()

@@ -41,7 +41,10 @@ class Damaged(ImageError):
 
 
 class Stream(Protocol):
-    """Where the compressed bytes come from: a file of the cache, an archive's member, a download."""
+    """Where the compressed bytes come from: a file of the cache, an archive's member, a download.
+
+    One with a true `verified` compares size and digest itself, and does not end where they are wrong.
+    """
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -54,7 +57,7 @@ class _Source:
     def __init__(self, stream: Stream, digest: str, size: int, where: str) -> None:
         self.stream, self.digest, self.size, self.where = stream, digest, size, where
         self.count = 0
-        self.hash = hashlib.new(digest.partition(":")[0]) if digest else None
+        self.hash = hashlib.new(digest.partition(":")[0]) if digest and not getattr(stream, "verified", False) else None
         self.ahead = b""  # what peek() took out of the stream
 
     def peek(self, length: int) -> bytes:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Union
 
 from convert import tar
 from sciexec.errors import ImageError, escaped
-from sciexec.pysquashfs import NO_XATTR, Node, Writer
+from sciexec.pysquashfs import NO_XATTR, Node, Writer, is_read_at_start
 
 if TYPE_CHECKING:
     from convert.metadata import File
@@ -272,7 +272,7 @@ def merge(
     for path, file in (extra or {}).items():
         if file.only_if_missing and tree.lookup(path) is not None:
             continue
-        payload = {} if file.kind == "d" else file.content if file.kind == "l" else _store(writer, len(file.content), [file.content])
+        payload = {} if file.kind == "d" else file.content if file.kind == "l" else _store(writer, path, len(file.content), [file.content])
         directory, _, name = path.rpartition(b"/")
         tree.put(directory, name, Node(file.kind, file.mode, 0, 0, mtime, NO_XATTR, payload))
     return tree.root
@@ -303,7 +303,7 @@ def _read(reader: tar.Reader, layer: Layer, shade: Shade, writer: Writer, where:
         if kind == "f":
             # A target named by a link of this same layer came before the link, so only newer layers' wishes matter here.
             if member.size == 0 or path in shade.wanted or not shade.hides(directory, name):
-                payload = _store(writer, member.size, reader.pieces())
+                payload = _store(writer, member.path, member.size, reader.pieces())
         elif kind == "d":
             payload = {}
         elif kind == "l":
@@ -339,8 +339,8 @@ def _whiteout(member: tar.Member, layer: Layer, where: str) -> bool:
     return True
 
 
-def _store(writer: Writer, size: int, pieces: Iterable[memoryview | bytes | int]) -> object:
-    writer.file(size)
+def _store(writer: Writer, path: bytes, size: int, pieces: Iterable[memoryview | bytes | int]) -> object:
+    writer.file(size, plain=is_read_at_start(path))
     for piece in pieces:
         if isinstance(piece, int):
             writer.hole(piece)
@@ -358,5 +358,5 @@ def _read_again(reader: tar.Reader, again: Mapping[int, Node], writer: Writer) -
             continue
         node = again.get(number)
         if node is not None:
-            node.payload = _store(writer, member.size, reader.pieces())
+            node.payload = _store(writer, member.path, member.size, reader.pieces())
         number += 1

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from convert.tarheader import keeps_xattr
 from sciexec.errors import HostError, escaped
-from sciexec.pysquashfs import NO_XATTR, Node, Writer
+from sciexec.pysquashfs import NO_XATTR, Node, Writer, is_read_at_start
 
 PIECE = 1 << 20  # bytes read at a time
 
@@ -83,7 +83,7 @@ def _xattrs(path: bytes, writer: Writer) -> int:
 def _store(path: bytes, size: int, writer: Writer) -> object:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with contextlib.closing(open(fd, "rb", buffering=0)) as file:
-        writer.file(size)
+        writer.file(size, plain=is_read_at_start(path))
         position = 0
         for start, end in _extents(fd, size):
             if start > position:

@@ -28,6 +28,7 @@ test     docker-registry        -
 test     libarchive-tools       bsdtar
 test     openssl                openssl
 test     busybox-static         busybox
+test     psmisc                 psmisc
 test     strace                 strace
 test     zsh                    zsh
 test     fish                   fish

@@ -6,15 +6,16 @@ module that is needed for an error message could not be found any more.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from sciexec import called, version
 from sciexec.errors import HostError, SciexecError
 
+gc.disable()  # a start makes no garbage, and to look for it while modules load takes a millisecond
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
-
     from sciexec.options import Options
 
 
@@ -42,6 +43,7 @@ def main(program: str, arguments: list[str]) -> int:
             chosen = answer
         debug = chosen.debug
         start(chosen)
+        return 0
     except SciexecError as error:
         show(error.message, error.hint.replace("`sciexec ", f"`{called(program)} "), debug)
         return error.exit_code
@@ -54,11 +56,23 @@ def main(program: str, arguments: list[str]) -> int:
         return 255
 
 
-def start(chosen: Options) -> NoReturn:
-    """Become the container's payload."""
-    from sciexec import host, image, run
+def start(chosen: Options) -> None:
+    """Become the container's payload, or start an instance and return."""
+    from sciexec import host, options
 
-    run.run(chosen, image.open_image(chosen.image), host.Host())
+    if chosen.is_instance() and chosen.verb in options.ACTIONS:
+        from sciexec import join
+
+        join.join(chosen, host.Host())
+    from sciexec import image, run
+
+    opened = image.open_image(chosen.image)
+    if chosen.verb in options.STARTS:
+        from sciexec import launch
+
+        launch.start(chosen, opened, host.Host())
+        return
+    run.run(chosen, opened, host.Host())
 
 
 def command_line(program: str, arguments: list[str]) -> int | Options:
@@ -66,6 +80,7 @@ def command_line(program: str, arguments: list[str]) -> int | Options:
 
     It needs third-party packages, which an isolated start leaves out.  Raises HostError where one is missing.
     """
+    gc.enable()
     if sys.flags.no_site:
         import site
 

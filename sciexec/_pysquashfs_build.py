@@ -27,11 +27,11 @@ DECLARATIONS = """
                    uint32_t mtime, uint32_t workers, uint32_t backlog);
     int image_errno(const image_t *image);
 
-    int image_begin(image_t *image);
+    int image_begin(image_t *image, int plain);
     int image_append(image_t *image, const void *data, size_t size);
     int image_hole(image_t *image, uint64_t size);
     int64_t image_end(image_t *image);
-    int64_t image_file(image_t *image, const void *data, size_t size);
+    int64_t image_file(image_t *image, const void *data, size_t size, int plain);
     int image_sync(image_t *image);
 
     int image_xattr_begin(image_t *image);

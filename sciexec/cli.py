@@ -79,21 +79,24 @@ def by_slot(given: dict[str, Any]) -> dict[str, options.Value]:
 
 
 class Run(Themed):
-    """run, exec, shell or test: IMAGE ends the options, everything behind it is the payload's."""
+    """run, exec, shell, test, instance start or instance run: IMAGE ends the options, everything behind it is the payload's."""
 
     def __init__(self, verb: str, usage: str, help: str) -> None:
+        self.verb = verb
         image = click.Argument(["image"], metavar="IMAGE")
+        name = [click.Argument(["instance"], metavar="NAME")] if verb in options.STARTS else []
         argv = click.Argument(["argv"], nargs=-1, type=click.UNPROCESSED, required=verb == "exec", metavar=usage)
-        parameters = [*click_options(verb), image, argv]
+        parameters = [*click_options(verb), image, *name, argv]
         settings = {"allow_interspersed_args": False}
-        super().__init__(verb, context_settings=settings, callback=self.settle, params=parameters, help=help)
+        super().__init__(verb.rpartition(" ")[2], context_settings=settings, callback=self.settle, params=parameters, help=help)
 
-    def settle(self, image: str, argv: tuple[str, ...], **given: Any) -> Options:
+    def settle(self, image: str, argv: tuple[str, ...], instance: str | None = None, **given: Any) -> Options:
         from sciexec import environment
 
         context = click.get_current_context()
         values = {**context.obj.get("values", {}), **by_slot(given)}
-        return fetched(options.settle(context.obj["program"], str(self.name), values, image, list(argv), environment.host()))
+        words = [*([] if instance is None else [instance]), *argv]
+        return fetched(options.settle(context.obj["program"], self.verb, values, image, words, environment.host()))
 
 
 def fetched(chosen: Options) -> Options:
@@ -134,6 +137,66 @@ commands.add_command(Run("run", "[ARGUMENT]...", "Run what IMAGE is made to run:
 commands.add_command(Run("exec", "COMMAND [ARGUMENT]...", "Run COMMAND in IMAGE."))
 commands.add_command(Run("shell", "[ARGUMENT]...", "Start a shell in IMAGE."))
 commands.add_command(Run("test", "[ARGUMENT]...", "Run the test that IMAGE brings along, if it does."))
+
+
+@commands.group(cls=Group)
+def instance() -> None:
+    """Containers in the background, which have a name.
+
+    instance://NAME stands for an image then.
+    """
+
+
+instance.add_command(Run("start", "[ARGUMENT]...", "Start IMAGE in the background: its startscript, if it has one."))
+instance.add_command(Run("instance run", "[ARGUMENT]...", "Start IMAGE in the background: what it is made to run."))
+of_user = click.option("--user", "-u", metavar="NAME", default="", help="whose; others' are root's to see")
+
+
+@instance.command("list")
+@click.option("--json", "-j", "as_json", is_flag=True, help="as JSON")
+@click.option("--logs", "-l", is_flag=True, help="and where their output is")
+@click.option("--all", "-a", "_everything", is_flag=True, hidden=True)
+@of_user
+@click.argument("pattern", metavar="[GLOB]", default="*")
+def instance_list(as_json: bool, logs: bool, _everything: bool, user: str, pattern: str) -> None:
+    """List the instances that run on this host."""
+    from sciexec import host, instance
+
+    found = instance.find_all(instance.whose(host.Host(), user), pattern)
+    click.echo(instance.listing(found, as_json=as_json, logs=logs), nl=False)
+
+
+@instance.command("stop")
+@click.option("--all", "-a", "everything", is_flag=True, help="all instances")
+@click.option("--force", "-F", is_flag=True, help="with SIGKILL")
+@click.option("--signal", "-s", metavar="NAME", default="SIGINT", help="the signal to send, by name or number [SIGINT]")
+@click.option("--timeout", "-t", type=click.IntRange(min=0), metavar="SECONDS", default=10, help="until SIGKILL follows [10]")
+@of_user
+@click.argument("pattern", metavar="[NAME|GLOB]", default="")
+@click.pass_context
+def instance_stop(ctx: click.Context, everything: bool, force: bool, signal: str, timeout: int, user: str, pattern: str) -> None:
+    """Stop instances: all processes in them have ended then."""
+    from sciexec import host, instance
+
+    if everything == bool(pattern):
+        raise UsageError("instance stop: either --all or the name of an instance", "see `sciexec instance stop --help`")
+    number = instance.signal_number("SIGKILL" if force else signal)
+    found = instance.find_all(instance.whose(host.Host(), user), pattern or "*")
+    if not found:
+        raise UsageError("no instance found", "`sciexec instance list` shows those of this host")
+    instance.stop(found, number, timeout, quiet=bool(ctx.obj["values"].get("quiet")))
+
+
+@instance.command("stats")
+@click.option("--json", "-j", "as_json", is_flag=True, help="once, as JSON")
+@click.option("--no-stream", is_flag=True, help="once, not every second")
+@of_user
+@click.argument("name")
+def instance_stats(as_json: bool, no_stream: bool, user: str, name: str) -> None:
+    """Show what an instance uses: CPU, memory, input and output, processes."""
+    from sciexec import host, instance, stats
+
+    stats.stats(instance.find(instance.whose(host.Host(), user), name), click.echo, as_json=as_json, stream=not no_stream)
 
 
 @commands.command()

@@ -3,7 +3,7 @@
 Every step happens in a child of its own, which ends with it, so that nothing is changed and a step that hangs is named too.
 The exit code is 0 where all is well, else the sum of the bits of the steps that failed, and 1 more where images cannot run:
 
-    2 user namespace    4 mounts    8 /dev/fuse    16 squashfuse_ll    32 leaving privileges behind    64 the image itself
+    2 user namespace    4 mounts    8 /dev/fuse    16 server    32 leaving privileges behind    64 the image itself
 
 Without FUSE (8, 16) images do run, unpacked.
 A step that a run can do without (overlay, home, cache, library, cgroup) is reported, and changes nothing in the exit code.
@@ -80,7 +80,7 @@ def conclusion(failed: set[str]) -> Iterable[str]:
     if failed & {"user namespace", "mounts", "leaving privileges"}:
         yield "Nothing can run here: every container needs the steps above.  Images can still be pulled, built and inspected."
         return
-    if failed & {"/dev/fuse", "squashfuse_ll"}:
+    if failed & {"/dev/fuse", "server"}:
         yield "SIF and SquashFS images run here, each unpacked once into the cache; directories run as they are."
     else:
         yield "SIF and SquashFS images run here, mounted through FUSE; directories too."
@@ -198,12 +198,15 @@ def fuse() -> str:
 
 
 def server() -> str:
+    if os.access(sources.OURS, os.X_OK):
+        return sources.OURS
     for program in sources.SERVERS:
         if os.access(program, os.X_OK):
             done = subprocess.run([program], env={}, input=b"", capture_output=True, check=False)
             first = (done.stderr or done.stdout).decode("utf-8", "replace").partition("\n")[0]
             return f"{program} ({escaped(first.partition(' (c)')[0]) or 'says nothing of its version'})"
-    raise HostError(f"not in {', '.join(sorted({os.path.dirname(program) for program in sources.SERVERS}))}")
+    where = sorted({os.path.dirname(program) for program in sources.SERVERS})
+    raise HostError(f"neither {os.path.basename(sources.OURS)} beside sciexec nor squashfuse_ll in {', '.join(where)}")
 
 
 def overlay() -> str:
@@ -265,7 +268,7 @@ STEPS = (
     Step("user namespace", 2, user_namespace, NO_RUN, "the site allows unprivileged user namespaces (kernel: CONFIG_USER_NS)"),
     Step("mounts", 4, mount_and_pivot, NO_RUN, "the site lets ordinary users mount in their user namespaces", NAMESPACES[:1]),
     Step("/dev/fuse", 8, fuse, NO_FUSE, "the site runs modprobe fuse and chmod 666 /dev/fuse", NAMESPACES),
-    Step("squashfuse_ll", 16, server, NO_FUSE, "the site installs squashfuse (Debian, Ubuntu, Fedora, EPEL)"),
+    Step("server", 16, server, NO_FUSE, "pip builds it where there is a compiler; or the site installs squashfuse"),
     Step("leaving privileges", 32, leave_privileges, NO_RUN, "the site raises user.max_user_namespaces: a container takes two", NAMESPACES),
     Step("overlay", 0, overlay, "--writable-tmpfs does not work", "Linux 5.11 was the first to allow it", NAMESPACES),
     Step("home", 0, home, "a container has no home", "--home DIRECTORY brings another, --no-home none"),

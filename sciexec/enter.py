@@ -5,7 +5,7 @@ In the second, last, the caller is themselves again and owns no capability over 
 
     host ---unshare---> caller = 0 ---unshare---> mounts, pivot_root ---unshare---> caller = caller, no_new_privs, no capabilities
               |
-              +--- squashfuse_ll: host's mount namespace, first user namespace
+              +--- sciexec-fuse: host's mount namespace, first user namespace
 
 The process stands in a tmpfs of ours meanwhile.  It lies over "/": no directory of the host is hidden by it, because a path is
 looked up from this process's root, which is what lies below, and only ".." of the root leads up to it.
@@ -84,16 +84,15 @@ def enter(plan: Plan) -> None:
     Raises HostError or ImageError; the process is of no use then but to say so.
     """
     plan.layers.prepare()
-    proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
     try:
         act = "making a user namespace"
-        plan.isolation.enter_outer(proc)
+        plan.isolation.enter_outer()
         act = "starting the server of the image"
         plan.layers.start()
         for operation in plan.mounts:
             operation.start()
         act = "making a mount namespace"
-        kernel.unshare(kernel.CLONE_NEWNS)
+        plan.isolation.separate()
         # slave: what the host's automounter mounts later appears inside as well, and nothing ever goes the other way
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         act = "mounting the image"
@@ -115,13 +114,12 @@ def enter(plan: Plan) -> None:
         kernel.umount2(".", kernel.MNT_DETACH)
         kernel.umount2(".", kernel.MNT_DETACH)
         os.chdir("/")
-        plan.isolation.enter_inner(proc)
+        plan.isolation.enter_inner()
     except OSError as error:
         raise failed("entering the container", error, "namespace") from error
-    change_directory(plan)
-    # Python ignores both from its start, and what is ignored stays ignored across execve
-    kernel.signal_default(SIGPIPE)
-    kernel.signal_default(SIGXFSZ)
+    change_directory(plan.cwd, strict=plan.strict, quiet=plan.quiet)
+    reset_signals()
+    plan.isolation.finish()
 
 
 def attempt(operation: Operation, step: Callable[[Root], None], root: Root) -> None:
@@ -140,17 +138,23 @@ def failed(act: str, error: OSError, call: str) -> HostError:
     return HostError(f"{act}: {cause}", hint)
 
 
-def change_directory(plan: Plan) -> None:
-    """Go where the payload starts."""
-    for path in plan.cwd:
+def reset_signals() -> None:
+    """Python ignores both from its start, and what is ignored stays ignored across execve."""
+    kernel.signal_default(SIGPIPE)
+    kernel.signal_default(SIGXFSZ)
+
+
+def change_directory(cwd: list[str], *, strict: bool, quiet: bool) -> None:
+    """Go where the payload starts; the arguments are those of Plan."""
+    for path in cwd:
         try:
             os.chdir(path)
             os.getcwd()  # fails where a link of /proc led out of the root
         except OSError as error:
-            if plan.strict:
+            if strict:
                 raise HostError(f"changing to {escaped(path)} inside the container: {error.strerror}") from error
             continue
-        if path != plan.cwd[0] and not plan.quiet:
-            left = escaped(plan.cwd[0]) or "the current directory"
+        if path != cwd[0] and not quiet:
+            left = escaped(cwd[0]) or "the current directory"
             tell(f"WARNING: {left} is not in the container; starting in {escaped(path)}")
         return

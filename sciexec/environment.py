@@ -40,6 +40,7 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LIBRARIES = "/.singularity.d/libs"  # where host libraries are bound
 SCRIPTS = "/.singularity.d/env"
 TEST = "/.singularity.d/test"
+STARTSCRIPT = "/.singularity.d/startscript"
 RUNSCRIPTS = ("/.singularity.d/runscript", "/singularity")  # the second: images of Singularity 2
 APPS = "/scif/apps"  # each a directory; source: the Scientific Filesystem's specification
 
@@ -53,7 +54,7 @@ PREFIXES = ("SCIEXEC", "APPTAINER", "SINGULARITY")  # strongest first
 USER_PREFIXES = tuple(f"{prefix}ENV_" for prefix in reversed(PREFIXES))
 OUR_PREFIXES = (*USER_PREFIXES, *(f"{prefix}_" for prefix in PREFIXES))
 RUNTIMES_OWN = frozenset(
-    ["HOME", *(f"{p}_{key}" for p in PREFIXES for key in ("CONTAINER", "NAME", "BIND", "ENVIRONMENT", "COMMAND", "SHELL", "APPNAME"))]
+    ["HOME", *(f"{p}_{key}" for p in PREFIXES for key in "CONTAINER NAME BIND ENVIRONMENT COMMAND SHELL APPNAME INSTANCE".split())]
 )
 PATH_PIECES = frozenset("PREPEND_PATH APPEND_PATH PREPEND_LD_LIBRARY_PATH APPEND_LD_LIBRARY_PATH".split())
 PYTHONS_LOCALES = ("C.UTF-8", "C.utf8", "UTF-8")
@@ -265,6 +266,9 @@ class Payload:
                 if is_program(script):
                     return [script, *self.argv]
             return self.argv or ["/bin/sh"]
+        if self.verb == "start":
+            start = f"{APPS}/{self.app}/scif/startscript" if self.app else STARTSCRIPT
+            return [start, *self.argv] if is_program(start) else []
         if self.verb == "test":
             test = f"{APPS}/{self.app}/scif/test" if self.app else TEST
             # an image without a test passes it: batch systems ask before every job
@@ -334,6 +338,7 @@ def plan(
     binds: Sequence[str] = (),
     shell: str | None = None,
     app: str = "",
+    instance: str = "",
 ) -> Payload:
     """The payload, decided without looking at anything but the arguments.
 
@@ -347,6 +352,7 @@ def plan(
         env: (name, value) of every --env-file and --env, in order.
         binds: destinations of the binds, told to the payload; one over /.singularity.d means that the user wants those scripts.
         shell: the value of --shell.  app: that of --app; an application's environment is made by scripts.
+        instance: the name of the instance that the payload runs in, or "".
     """
     if "/" in app or app in (".", ".."):
         raise UsageError(f"--app {escaped(app)}: not the name of an application", "`sciexec inspect --list-apps IMAGE` lists them")
@@ -360,6 +366,8 @@ def plan(
             own[f"{prefix}_BIND"] = ",".join(binds)
             own[f"{prefix}_ENVIRONMENT"] = f"{SCRIPTS}/91-environment.sh"
             own[f"{prefix}_COMMAND"] = verb
+            if instance:
+                own[f"{prefix}_INSTANCE"] = instance
             if no_eval:
                 own[f"{prefix}_NO_EVAL"] = "1"
             if app:

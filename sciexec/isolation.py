@@ -11,8 +11,18 @@ from sciexec import kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from sciexec.host import Host
     from sciexec.options import Options
+    from sciexec.sinit import Link
+
+    class Supervisor(Protocol):
+        """Who stays outside, and how process 1 begins: the room sinit, or whoever starts an instance."""
+
+        def leave(self, *, init: bool) -> Link | None: ...
+
+        def start(self, link: Link | None, *, init: bool) -> None: ...
 
 
 class Isolation:
@@ -20,38 +30,69 @@ class Isolation:
 
     Arguments:
         uid, gid: the caller's.
+        supervisor: the room sinit, where the payload gets process ids of its own; else None.
+        init: whether process 1 is then sinit, or the payload itself.
     """
 
-    __slots__ = ("gid", "uid")
+    __slots__ = ("_link", "_proc", "gid", "init", "supervisor", "uid")
 
-    def __init__(self, uid: int, gid: int) -> None:
+    def __init__(self, uid: int, gid: int, *, supervisor: Supervisor | None = None, init: bool = True) -> None:
         self.uid, self.gid = uid, gid
+        self.supervisor, self.init = supervisor, init
+        self._proc = -1  # a descriptor of /proc/self
+        self._link: Link | None = None
 
     def describe_outer(self) -> list[str]:
-        """What enter_outer() does, one line for each step."""
-        return [f"user namespace {self.uid}:{self.gid} -> 0:0"]
+        """What enter_outer() and separate() do, one line for each step."""
+        own = [f"own process ids, {'sinit' if self.init else 'the payload'} is 1"] if self.supervisor else []
+        return [f"user namespace {self.uid}:{self.gid} -> 0:0", *own]
 
     def describe_inner(self) -> list[str]:
         """What enter_inner() does, one line for each step."""
         return [f"user namespace 0:0 -> {self.uid}:{self.gid}"]
 
-    def enter_outer(self, proc: int) -> None:
-        """Become root of a user namespace, in which everything will be mounted.  proc: a descriptor of /proc/self.  Raises OSError."""
-        user_namespace(proc, f"0 {self.uid} 1", f"0 {self.gid} 1")
+    def enter_outer(self) -> None:
+        """Become root of a user namespace, in which everything will be mounted.  Raises OSError."""
+        self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+        user_namespace(self._proc, f"0 {self.uid} 1", f"0 {self.gid} 1")
 
-    def enter_inner(self, proc: int) -> None:
+    def separate(self) -> None:
+        """Leave the host's mounts behind, and whatever else is not shared.  Raises OSError.
+
+        With process ids of its own the caller's process stays outside, and another one returns.
+        """
+        kernel.unshare(kernel.CLONE_NEWNS | (kernel.CLONE_NEWPID if self.supervisor else 0))
+        if self.supervisor:
+            self._link = self.supervisor.leave(init=self.init)
+            self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+
+    def enter_inner(self) -> None:
         """Become who the payload is, for good.  Raises OSError."""
-        user_namespace(proc, f"{self.uid} 0 1", f"{self.gid} 0 1")
+        user_namespace(self._proc, f"{self.uid} 0 1", f"{self.gid} 0 1")
+        self.confine()
+
+    def confine(self) -> None:
+        """Give up, in the payload's user namespace, what the payload shall not have.  Raises OSError."""
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         if has_terminal():
             kernel.seccomp(keystroke_filter())
         kernel.drop_bounding_set()
         kernel.capset_none()
 
+    def finish(self) -> None:
+        """The last step: what returns from it is the payload's process."""
+        if self.supervisor:
+            self.supervisor.start(self._link, init=self.init)
+
 
 def isolation(options: Options, host: Host) -> Isolation:
     """The isolation that these options ask for."""
-    return Isolation(host.uid, host.gid)
+    supervisor: Supervisor | None = None
+    if options.pid:
+        from sciexec import sinit
+
+        supervisor = sinit
+    return Isolation(host.uid, host.gid, supervisor=supervisor, init=not options.no_init)
 
 
 def user_namespace(proc: int, uid_map: str, gid_map: str) -> None:

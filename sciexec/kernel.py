@@ -52,7 +52,13 @@ AT_RECURSIVE = 0x8000
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_IN_ROOT = 0x10
 
+# linux/nsfs.h
+NS_GET_USERNS = 0xB701
+
 # linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 
@@ -68,10 +74,16 @@ CAPABILITIES = (
 SECCOMP_SET_MODE_FILTER = 1
 SECCOMP_FILTER_FLAG_SPEC_ALLOW = 4
 
+# signal.h; the mask of all signals, in the size that C libraries expect
+SIG_BLOCK, SIG_UNBLOCK, SIG_SETMASK = 0, 1, 2
+SIG_IGN = 1
+ALL_SIGNALS = b"\xff" * 128
+
 # linux/landlock.h
 LANDLOCK_CREATE_RULESET_VERSION = 1
 
 # Calls that C libraries lack or learned late.  From 424 on a call has the same number on every architecture.
+CLOSE_RANGE = 436
 OPENAT2 = 437
 MOUNT_SETATTR = 442
 LANDLOCK_CREATE_RULESET = 444
@@ -104,7 +116,7 @@ _libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # None: what is loade
 _functions: dict[str, _Function] = {}
 
 
-def _call(name: str, *arguments: int | bytes | None, path: str | bytes | None = None) -> int:
+def _call(name: str, *arguments: object, path: str | bytes | None = None) -> int:
     """Call a function of the C library.  Raises OSError when it answers -1."""
     function = _functions.get(name)
     if function is None:
@@ -131,6 +143,11 @@ def setns(fd: int, flags: int) -> None:
     _call("setns", fd, flags)
 
 
+def owner(fd: int) -> int:
+    """A descriptor of the user namespace that owns a namespace; ioctl_nsfs(2)."""
+    return _call("ioctl", fd, NS_GET_USERNS)
+
+
 def mount(source: str, target: str, fstype: str, flags: int, options: str = "") -> None:
     """mount(2); the path in an error is the target."""
     _call("mount", os.fsencode(source), os.fsencode(target), fstype.encode(), flags, os.fsencode(options), path=target)
@@ -144,13 +161,42 @@ def pivot_root(new_root: str, put_old: str) -> None:
     _call("syscall", _machine()[0], os.fsencode(new_root), os.fsencode(put_old), path=new_root)
 
 
-def prctl(option: int, argument: int = 0) -> None:
+def prctl(option: int, argument: int | bytes = 0) -> None:
     _call("prctl", option, argument, 0, 0, 0)
 
 
-def signal_default(number: int) -> None:
-    """Give a signal its default action; signal(2).  The module `signal` costs 6 ms: it builds enumerations."""
-    _call("signal", number, None)
+def signal_default(number: int) -> bool:
+    """Give a signal its default action; signal(2).  Returns whether it was ignored.
+
+    The module `signal` costs 6 ms: it builds enumerations.
+    """
+    return _call("signal", number, None) == SIG_IGN
+
+
+def signal_ignore(number: int) -> None:
+    _call("signal", number, SIG_IGN)
+
+
+def sigprocmask(how: int, mask: bytes) -> bytes:
+    """Change the mask of blocked signals (SIG_BLOCK ...) by a sigset_t; returns the one before."""
+    before = (_Byte * len(ALL_SIGNALS))()
+    _call("sigprocmask", how, mask, _ctypes.byref(before))
+    return bytes(before)
+
+
+def signalfd(mask: bytes) -> int:
+    """A descriptor that gives signals of `mask` as struct signalfd_siginfo, 128 bytes each; reading it never waits."""
+    return _call("signalfd", -1, mask, os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def close_range(first: int, last: int) -> None:
+    """close_range(2), Linux 5.9; before that by hand.  last: inclusive, -1 for the highest there can be."""
+    try:
+        _call("syscall", CLOSE_RANGE, first, last, 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):  # EPERM: a seccomp filter that does not know the call
+            raise
+        os.closerange(first, os.sysconf("SC_OPEN_MAX") if last == -1 else last + 1)
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
@@ -258,7 +304,7 @@ def why(error: OSError, call: str) -> tuple[str, str]:
     if number == errno.ENOSPC:  # mount(2) means the namespace
         return "too many mounts", f"fs.mount-max is {_sysctl('fs/mount-max')}"
     if number in (errno.ENOTCONN, errno.ECONNABORTED):
-        return "the server of the image has ended", "the image is damaged, or squashfuse_ll lacks its compression"
+        return "the server of the image has ended", "the image is damaged, or the host lacks the library of its compression"
     return error.strerror or str(error), ""
 
 

@@ -354,6 +354,30 @@ class Dev(Tmpfs):
             kernel.mount(fstype, f"{kernel.magic(here)}/{name}", fstype, kernel.MS_NOSUID | kernel.MS_NOEXEC, options)
 
 
+class Proc(Operation):
+    """A new /proc, which shows the process ids of our own namespace."""
+
+    def describe(self) -> str:
+        return f"proc {escaped(self.target)}"
+
+    def prepare(self, root: Root) -> None:
+        os.close(root.make(self.target, directory=True))
+
+    def execute(self, root: Root) -> None:
+        target = root.make(self.target, directory=True)
+        try:
+            kernel.mount("proc", kernel.magic(target), "proc", PRIVATE | kernel.MS_NOEXEC)
+        except OSError as error:
+            if error.errno != errno.EPERM:
+                raise
+            raise HostError(
+                "mounting a /proc for --pid: the kernel refuses, as parts of the host's own are hidden from us",
+                "if this is a container, it was started with a masked /proc (Docker: --security-opt systempaths=unconfined)",
+            ) from error
+        finally:
+            os.close(target)
+
+
 class Edit(Operation):
     """A file of the image with a change, e.g. /etc/passwd with the caller in it; only where the image has the file.
 

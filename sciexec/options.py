@@ -133,8 +133,8 @@ OPTIONS = (
     Option("overlay", "--overlay -o", LIST, "a directory, ext3 image, SquashFS or SIF over the image", "OVERLAY OVERLAYIMAGE",
            metavar="PATH[:ro],...", state=LATER),
     Option("fakeroot", "--fakeroot -f", FLAG, "be root inside, with the rights of the caller outside", "FAKEROOT", state=LATER),
-    Option("pid", "--pid -p", FLAG, "own process ids", "PID UNSHARE_PID", state=LATER),
-    Option("no_pid", "--no-pid", FLAG, "the host's process ids, in spite of --containall", "NO_PID", state=LATER),
+    Option("pid", "--pid -p", FLAG, "own process ids", "PID UNSHARE_PID"),
+    Option("no_pid", "--no-pid", FLAG, "the host's process ids, in spite of --containall", "NO_PID"),
     Option("no_init", "--no-init", FLAG, "with --pid: the command itself is process 1", "NOSHIMINIT NO_INIT"),
     Option("ipc", "--ipc -i", FLAG, "own System V IPC and POSIX message queues", "IPC UNSHARE_IPC", state=LATER),
     Option("uts", "--uts", FLAG, "own host name", "UTS UNSHARE_UTS", state=LATER),
@@ -156,8 +156,7 @@ OPTIONS = (
     Option("unsquash", "--unsquash --tmp-sandbox", FLAG, "unpack the image into the cache and run it from there", "UNSQUASH TMP_SANDBOX",
            state=LATER),
     Option("shell", "--shell -s", VALUE, "the shell to start", "SHELL", metavar="PATH", verbs=("shell",)),
-    Option("pid_file", "--pid-file", VALUE, "write the process id of the instance there", "PID_FILE", metavar="PATH", verbs=STARTS,
-           state=LATER),
+    Option("pid_file", "--pid-file", VALUE, "write the process id of the instance there", "PID_FILE", metavar="PATH", verbs=STARTS),
     Option("arch", "--arch", VALUE, "architecture to choose where IMAGE is in a registry", "ARCH", metavar="NAME"),
     Option("no_https", "--no-https --nohttps", FLAG, "speak http to the registry", "NOHTTPS NO_HTTPS"),
     Option("disable_cache", "--disable-cache", FLAG, "keep nothing of what a registry sends", "DISABLE_CACHE"),
@@ -250,7 +249,7 @@ class Options:
         uid, gid: who to be inside, None for the caller's own.
         add_caps, drop_caps: names in lower case without "cap_", or "all".
         dns: addresses.  fusemounts: as written.  limits: value by slot, as written.
-        name: of the instance that is started.
+        name: of the instance that is started, or joined.
         shell, arch, authfile, app, hostname, apply_cgroups, pid_file: their value or None.
         All others: whether the flag was given, or is part of one that was.
     """
@@ -383,11 +382,13 @@ def read(arguments: Sequence[str]) -> tuple[str, dict[str, Value], str, list[str
                 put(values, option, value)
             continue
         elif not verb:
-            if word not in ACTIONS:
+            if word == "instance" and words:
+                word = {"start": "start", "run": "instance run"}.get(words.pop(), "")
+            if word not in RUNS:
                 return None
             verb, known = word, names(word)
             continue
-        return None if not word or (verb == "exec" and not words) else (verb, values, word, words[::-1])
+        return None if not word or (verb in ("exec", *STARTS) and not words) else (verb, values, word, words[::-1])
     return None
 
 
@@ -443,6 +444,8 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
 
     options = Options()
     options.program, options.verb, options.image, options.argv, options.name = program, verb, image, argv, ""
+    if verb in STARTS:
+        options.name, *options.argv = argv
     for option in OPTIONS:
         if option.kind == FLAG and option.slot in Options.__slots__:
             setattr(options, option.slot, values.get(option.slot) is True)

@@ -13,7 +13,7 @@ from sciexec import enter, environment, isolation, mounts, overlay, sif, sources
 from sciexec import host as hosts
 from sciexec.enter import Plan
 from sciexec.errors import HostError, escaped
-from sciexec.mounts import Bind, Dev, Edit, Operation, Tmpfs
+from sciexec.mounts import Bind, Dev, Edit, Operation, Proc, Tmpfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def plan(options: Options, image: Image, host: Host) -> Plan:
     return Plan(
         overlay.layers(options, sources.source(image, host, quiet=options.quiet)),
         mounts.order(operations),
-        payload(options, image, host, home or "/"),
+        payload(options, image.path, start_object(image), host, home or "/"),
         isolation=isolation.isolation(options, host),
         cwd=[options.cwd] if options.cwd else [*([] if options.contain else [host.cwd]), home or "/", "/"],
         strict=bool(options.cwd),
@@ -48,22 +48,25 @@ def plan(options: Options, image: Image, host: Host) -> Plan:
     )
 
 
-def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
+def start_object(image: Image) -> bytes:
+    """The SIF object that says how the image wants to be started; b"" where it has none."""
     descriptor = image.sif.find(START) if image.sif else None
-    start = None
-    if image.sif and descriptor:
-        start = environment.load(sif.read_object(image.fd, image.sif, descriptor, environment.LARGEST_START), image.path)
+    return sif.read_object(image.fd, image.sif, descriptor, environment.LARGEST_START) if image.sif and descriptor else b""
+
+
+def payload(options: Options, image: str, start: bytes, host: Host, home: str) -> Payload:
+    """The payload of these options.  image: its absolute path.  start: its start object.  home: the directory inside."""
     env = options.env
     if options.env_files:
         from sciexec import assignments
 
         env = [*assignments.read(options.env_files, host.environment), *env]
     return environment.plan(
-        options.verb,
+        options.verb.rpartition(" ")[2],
         options.argv,
         host=host.environment,
-        start=start,
-        image=image.path,
+        start=environment.load(start, image) if start else None,
+        image=image,
         home=home,
         program=options.program,
         cleanenv=options.cleanenv,
@@ -73,12 +76,13 @@ def payload(options: Options, image: Image, host: Host, home: str) -> Payload:
         binds=[bind.target for bind in options.binds],
         shell=options.shell,
         app=options.app or "",
+        instance=options.name,
     )
 
 
 def defaults(options: Options, host: Host, home: str) -> list[Operation]:
     """What every container has of its host."""
-    listed: list[Operation] = [Bind("/proc", "/proc"), Bind("/sys", "/sys")]
+    listed: list[Operation] = [Proc("/proc") if options.pid else Bind("/proc", "/proc"), Bind("/sys", "/sys")]
     listed.append(Dev(console=console()) if options.contain else Bind("/dev", "/dev"))
     listed += [Bind(path, path, optional=True) for path in ("/etc/hosts", "/etc/localtime", "/etc/resolv.conf")]
     listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home), f"with uid {host.uid}"))

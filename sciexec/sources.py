@@ -5,11 +5,12 @@ A SquashFS is mounted through FUSE, or unpacked once where the host has none; a 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
 from sciexec import host as hosts
-from sciexec import kernel
+from sciexec import kernel, squashfs
 from sciexec.errors import escaped
 
 TYPE_CHECKING = False
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sciexec.host import Host
     from sciexec.image import Image
 
+OURS = os.path.join(os.path.dirname(__file__), "sciexec-fuse")  # native/fuse.c, where there was a compiler
 # Where distributions, sites and Apptainer's own packages put it; the caller's PATH may lead anywhere.
 SERVER = "squashfuse_ll"
 SERVERS = tuple(
@@ -51,21 +53,21 @@ class Source:
 
 
 class Squash(Source):
-    """A SquashFS, mounted through FUSE and served by squashfuse_ll, a process that nobody waits for.
+    """A SquashFS, mounted through FUSE and served by our sciexec-fuse, a process that nobody waits for.
 
     The server belongs to our first user namespace, so that the payload, which lives in one below, cannot trace it, but to the
     host's mount namespace, so that it does not keep ours alive: when the payload's last process ends, the kernel drops the
-    mount and the server reads ENODEV and ends.  It starts with no descriptor, no variable and no capability of ours, and
-    cannot write to any file system where the kernel has Landlock.
+    mount and the server reads ENODEV and ends.  It keeps no descriptor, no variable and no capability of ours, and cannot write
+    to any file system where the kernel has Landlock.
 
     Arguments:
-        fd, offset: the SquashFS.  name: what to call it.  program: absolute path of squashfuse_ll.
+        fd, offset: the SquashFS.  name: what to call it.  program: absolute path of the server.
     """
 
     __slots__ = ("_device", "_go", "_parent", "fd", "name", "offset", "program")
 
     def __init__(self, fd: int, offset: int, name: str, program: str) -> None:
-        self.fd, self.offset, self.name, self.program = fd, offset, name, program
+        self.fd, self.offset, self.name, self.program = above_standard(fd), offset, name, program
         self._device = self._go = self._parent = -1
 
     def describe(self) -> str:
@@ -73,42 +75,30 @@ class Squash(Source):
 
     def start(self) -> None:
         # the kernel wants the device opened in the user namespace that mounts it
-        self._device = os.open("/dev/fuse", os.O_RDWR)
-        ready, self._go = os.pipe()
-        self._parent = os.fork()
-        if self._parent == 0:
-            try:
-                os.setsid()
-                if os.fork() == 0:  # its parent ends, so it is init's child, not the payload's
-                    self._serve(ready)
-            finally:
-                os._exit(127)
+        self._device = above_standard(os.open("/dev/fuse", os.O_RDWR))
+        ready, self._go = map(above_standard, os.pipe())
+        self._parent = self.launch(ready)
         os.close(ready)
 
-    def _serve(self, ready: int) -> None:
-        os.chdir("/")
-        image, device, ready = (above_standard(fd) for fd in (self.fd, self._device, ready))
-        null = os.open("/dev/null", os.O_RDWR)
-        for number in range(3):
-            os.dup2(null, number)
-        for number in map(int, os.listdir("/proc/self/fd")):
-            if number > 2 and number not in (image, device, ready):
-                try:
-                    os.close(number)
-                except OSError:  # the listing's own
-                    pass
-        os.set_inheritable(image, True)
-        os.set_inheritable(device, True)
-        confine()
-        arguments = [SERVER, "-f", "-o", f"ro,offset={self.offset}", kernel.magic(image), f"/dev/fd/{device}"]
-        # read by the server before the mount exists, the device answers EPERM; by now it mostly does exist
-        if os.read(ready, 1):
-            os.execve(self.program, arguments, {})
+    def launch(self, ready: int) -> int:
+        """Start the server; it may read the device once it has read a byte from `ready`.
+
+        Returns the process to wait for, whose child the server is: not the payload's, but init's.
+        """
+        # spawned, not forked: the fork of an interpreter, and what both sides then copy of it, take a millisecond
+        for fd in (self.fd, self._device, ready):
+            os.set_inheritable(fd, True)
+        process = os.posix_spawn(self.program, ["sciexec-fuse", *map(str, (self.fd, self._device, ready, self.offset))], {})
+        os.set_inheritable(self.fd, False)
+        return process
 
     def mount(self, target: str) -> None:
         options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0,allow_other"
         kernel.mount("squashfuse", target, "fuse", kernel.PRIVATE | kernel.MS_RDONLY, options)
-        os.write(self._go, b".")
+        try:
+            os.write(self._go, b".")
+        except BrokenPipeError as error:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN)) from error
         os.close(self._go)
         # the server's must be the last: then its death is an error here and not a wait without end
         os.close(self._device)
@@ -118,6 +108,42 @@ class Squash(Source):
             os.waitpid(self._parent, 0)
         except ChildProcessError:  # our caller ignores SIGCHLD, and so do we
             pass
+
+
+class Squashfuse(Squash):
+    """The same, served by squashfuse_ll: where ours could not be compiled, or lacks the compression (lzma, lzo)."""
+
+    __slots__ = ()
+
+    def launch(self, ready: int) -> int:
+        parent = os.fork()
+        if parent == 0:
+            try:
+                os.setsid()
+                if os.fork() == 0:
+                    self._serve(ready)
+            finally:
+                os._exit(127)
+        return parent
+
+    def _serve(self, ready: int) -> None:
+        os.chdir("/")
+        null = os.open("/dev/null", os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2 and number not in (self.fd, self._device, ready):
+                try:
+                    os.close(number)
+                except OSError:  # the listing's own
+                    pass
+        os.set_inheritable(self.fd, True)
+        os.set_inheritable(self._device, True)
+        confine()
+        arguments = [SERVER, "-f", "-o", f"ro,offset={self.offset}", kernel.magic(self.fd), f"/dev/fd/{self._device}"]
+        # read by the server before the mount exists, the device answers EPERM; by now it mostly does exist
+        if os.read(ready, 1):
+            os.execve(self.program, arguments, {})
 
 
 class Directory(Source):
@@ -192,8 +218,9 @@ def source(image: Image, host: Host, *, quiet: bool) -> Source:
     """How an image is mounted on this host."""
     if image.kind == "directory":
         return Directory(image.path)
-    program = next((program for program in SERVERS if os.access(program, os.X_OK)), None)
+    ours = [OURS] if squashfs.check_superblock(image.fd, image.offset, image.size).compression_name not in ("lzma", "lzo") else []
+    program = next((program for program in (*ours, *SERVERS) if os.access(program, os.X_OK)), None)
     if program and os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return Squash(image.fd, image.offset, image.path, program)
-    reason = "/dev/fuse is missing or closed to users" if program else f"{SERVER} is not installed"
+        return (Squash if program == OURS else Squashfuse)(image.fd, image.offset, image.path, program)
+    reason = "/dev/fuse is missing or closed to users" if program else f"neither {os.path.basename(OURS)} nor {SERVER} is installed"
     return Unpacked(image, f"{hosts.cache(host)}/unpacked/{image.key()}", reason, quiet=quiet)

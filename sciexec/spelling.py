@@ -25,17 +25,17 @@ class Bind:
     def __init__(self, source: str, target: str, read_only: bool = False, image_src: str = "", number: int = 0) -> None:
         self.source, self.target, self.read_only, self.image_src, self.number = source, target, read_only, image_src, number
 
-    def _key(self) -> tuple[str, str, bool, str, int]:
+    def key(self) -> tuple[str, str, bool, str, int]:
         return self.source, self.target, self.read_only, self.image_src, self.number
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Bind) and self._key() == other._key()
+        return isinstance(other, Bind) and self.key() == other.key()
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self.key())
 
     def __repr__(self) -> str:
-        return f"Bind{self._key()}"
+        return f"Bind{self.key()}"
 
 
 WRITTEN = "a colon or comma in a path is written \\: or \\,"

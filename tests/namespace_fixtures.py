@@ -94,7 +94,8 @@ def servers() -> set[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if b"squashfuse_ll" in (entry / "cmdline").read_bytes() and " Z " not in (entry / "stat").read_text():
+                name = (entry / "cmdline").read_bytes().partition(b"\0")[0]
+                if name in (b"squashfuse_ll", b"sciexec-fuse") and " Z " not in (entry / "stat").read_text():
                     found.add(int(entry.name))
             except OSError:
                 pass

@@ -17,6 +17,7 @@ import pytest
 
 from sciexec import doctor
 from sciexec.errors import HostError
+from sciexec.sources import OURS
 
 TREE = Path(__file__).resolve().parent.parent
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -50,7 +51,7 @@ def test_a_host_that_can(sciexec: Command, rootfs: Path) -> None:
     assert list(steps) == [*(step.name for step in doctor.STEPS), "cache", "image"]
     assert steps["image"] == ("ok", f"directory {rootfs}")
     assert "SIF and SquashFS images run here" in done.stdout
-    assert "squashfuse" in steps["squashfuse_ll"][1]
+    assert "sciexec-fuse" in steps["server"][1]
 
 
 def test_nothing_is_left_behind(sciexec: Command, tmp_path: Path) -> None:
@@ -68,10 +69,10 @@ def test_nothing_is_left_behind(sciexec: Command, tmp_path: Path) -> None:
         ("a closed device", "mount --bind /dev/null /dev/fuse", "/dev/fuse", 8, ""),
         (
             "no program",
-            "for p in /usr /usr/local; do [ ! -e $p/bin/squashfuse_ll ] || mount --bind $HOME/f $p/bin/squashfuse_ll; done",
-            "squashfuse_ll",
+            f"for p in {OURS} /usr/bin/squashfuse_ll /usr/local/bin/squashfuse_ll; do [ ! -e $p ] || mount --bind $HOME/f $p; done",
+            "server",
             16,
-            "not in ",
+            "neither sciexec-fuse beside sciexec nor squashfuse_ll in ",
         ),
     ],
 )

@@ -304,6 +304,33 @@ def test_a_reader_goes_on_from_the_source_when_the_file_is_cut_under_it(
     assert cache.read(blob.digest, blob.size) in (None, source.contents[blob.digest])
 
 
+def test_who_need_not_hash_what_the_stream_gives(cache: Cache, downloading: Callable[[Source], Downloads]) -> None:
+    """A download is hashed as it arrives; what was in the cache before is not."""
+    source = Source(noise(5000, 1), noise(5000, 2))
+    fetched, kept = source.blobs
+    cache.store(kept.digest, source.contents[kept.digest])
+    source.gate.clear()
+    downloads = downloading(source)
+    verified = [getattr(downloads.open(blob), "verified", False) for blob in (fetched, kept)]
+    source.gate.set()
+    assert verified == [True, False]
+
+
+def test_a_stream_that_promised_to_verify_does_so_at_the_source(cache: Cache, downloading: Callable[[Source], Downloads]) -> None:
+    source = Source(noise(50_000))
+    (blob,) = source.blobs
+    source.gate.clear()
+    source.gate_at = 1000
+    stream = downloading(source).open(blob)
+    stream.read(500)
+    (name,) = temporaries(cache)
+    os.truncate(f"{cache.path}/tmp/{name}", 0)
+    source.contents[blob.digest] = noise(50_000, 2)
+    source.gate.set()
+    with pytest.raises(ImageError, match="does not have this digest"):
+        read_all(stream)
+
+
 def test_without_a_thread_the_source_is_read_directly(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")  # what Python says under RLIMIT_NPROC

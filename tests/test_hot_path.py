@@ -17,7 +17,7 @@ OURS = {
     "sciexec.image", "sciexec.isolation", "sciexec.kernel", "sciexec.mounts", "sciexec.options", "sciexec.overlay", "sciexec.run",
     "sciexec.sif", "sciexec.scripts", "sciexec.sources", "sciexec.spelling", "sciexec.squashfs",
 }  # fmt: skip
-LIBRARY = {"__future__", "_ctypes", "_struct", "errno", "struct"}
+LIBRARY = {"__future__", "_ctypes", "_struct", "errno", "gc", "struct"}
 BARE = {
     "_collections_abc",
     "_stat",
@@ -65,7 +65,7 @@ def test_a_run_loads_this_and_nothing_else(verb: str, rootfs: Path, tmp_path: Pa
 
 def test_the_version_costs_an_interpreter() -> None:
     program = PROGRAM.replace("sys.exit(main(", "code = main(").replace("sys.argv[1:]))", 'sys.argv[1:]); execve("", [], {})')
-    assert loaded("--version", program=program) <= {"sciexec", "sciexec.__main__", "sciexec.errors", "__future__", *BARE}
+    assert loaded("--version", program=program) <= {"sciexec", "sciexec.__main__", "sciexec.errors", "__future__", "gc", *BARE}
 
 
 def test_the_launcher_starts_one_shell_and_one_python(rootfs: Path, sciexec_path: Path, need: object) -> None:

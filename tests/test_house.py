@@ -20,8 +20,8 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 # Ground floor first.
 SCIEXEC = """
     __init__ errors kernel squashfs sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options scripts assignments environment
-    host sources mounts overlay sinit isolation limits gpu mpi share relay enter data run instance inspect doctor switch completion help cli
-    __main__
+    host sources mounts overlay sinit isolation limits gpu mpi share relay enter data run instance stats launch join inspect doctor
+    switch completion help cli __main__
 """.split()
 CONVERT = """
     __init__ progress headers platforms reference origins patience credentials registry blobs documents download tarheader tar layout oci
@@ -36,8 +36,8 @@ HOT = """
     __init__ __main__ errors kernel squashfs sif image sources spelling options scripts assignments environment host mounts overlay
     isolation enter run
 """.split()
-HOT_LIBRARY = {"__future__", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal", "socket",
-               "_socket", "posix", "fcntl", "pwd", "grp", "resource", "select"}
+HOT_LIBRARY = {"__future__", "gc", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal",
+               "socket", "_socket", "posix", "fcntl", "pwd", "grp", "resource", "select"}
 
 
 def rooms(package: str) -> list[Path]:

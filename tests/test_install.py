@@ -45,11 +45,11 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     expected = {str(path.relative_to(TREE)) for package in ("sciexec", "convert") for path in (TREE / package).rglob("*.py")}
-    expected |= {"sciexec/py.typed", "convert/py.typed"}
+    expected |= {"sciexec/py.typed", "convert/py.typed", "sciexec/sciexec.conf"}
     compiled = [name for name in names if name.startswith("sciexec/_pysquashfs.") and name.endswith(".so")]
     (script,) = (name for name in names if ".data/scripts/" in name)
     assert len(compiled) == 1
-    assert set(names) == expected | {compiled[0], script}
+    assert set(names) == expected | {compiled[0], script, "sciexec/sciexec-fuse"}
     assert script.endswith("/sciexec")
 
 

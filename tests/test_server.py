@@ -14,6 +14,7 @@ import pytest
 from namespace_fixtures import OLD_KERNEL, Need, servers
 
 from sciexec import host
+from sciexec.sources import OURS
 
 pytest_plugins = ["run_fixtures"]
 
@@ -102,7 +103,8 @@ def test_an_old_kernel(sciexec_path: Path, images: dict[str, Path], data: Path, 
 
 
 def test_without_fuse_the_image_is_unpacked_once(sciexec_path: Path, images: dict[str, Path], tmp_path: Path, need: Need) -> None:
-    hide = "for path in /usr/bin/squashfuse_ll /usr/local/bin/squashfuse_ll; do [ ! -e $path ] || mount --bind /dev/null $path; done"
+    programs = " ".join(map(str, (OURS, "/usr/bin/squashfuse_ll", "/usr/local/bin/squashfuse_ll")))
+    hide = f"for path in {programs}; do [ ! -e $path ] || mount --bind /dev/null $path; done"
     environment = {**os.environ, "SCIEXEC_CACHEDIR": str(tmp_path / "cache")}
     command = [
         need("unshare"),
@@ -122,7 +124,7 @@ def test_without_fuse_the_image_is_unpacked_once(sciexec_path: Path, images: dic
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert "root:x:0:0:" in done.stdout, done.stderr
         assert "Read-only file system" in done.stderr
-        assert ("INFO: squashfuse_ll is not installed: unpacking" in done.stderr) is told
+        assert ("INFO: neither sciexec-fuse nor squashfuse_ll is installed: unpacking" in done.stderr) is told
     assert len(list((tmp_path / "cache/unpacked").iterdir())) == 1
 
 

@@ -185,7 +185,8 @@ static int image_open(image_t *image, int fd, uint64_t offset, int compression, 
 
 /* ---- data --------------------------------------------------------------------------------------------------------------- */
 
-static int image_begin(image_t *image)
+/* plain: as it is, in blocks of its own. */
+static int image_begin(image_t *image, int plain)
 {
 	int ret;
 
@@ -205,7 +206,8 @@ static int image_begin(image_t *image)
 		image->files = files;
 		image->room = room;
 	}
-	ret = sqfs_block_processor_begin_file(image->processor, &image->files[image->used], NULL, 0);
+	ret = sqfs_block_processor_begin_file(image->processor, &image->files[image->used], NULL,
+					      plain ? SQFS_BLK_DONT_COMPRESS | SQFS_BLK_DONT_FRAGMENT : 0);
 	if (ret != 0)
 		return ret;
 	image->used += 1;
@@ -279,9 +281,9 @@ static int64_t image_end(image_t *image)
 }
 
 /* A file whose data is at hand, as most are: one call, because each gives up Python's lock and takes it again. */
-static int64_t image_file(image_t *image, const void *data, size_t size)
+static int64_t image_file(image_t *image, const void *data, size_t size, int plain)
 {
-	int ret = image_begin(image);
+	int ret = image_begin(image, plain);
 
 	if (ret == 0)
 		ret = image_append(image, data, size);
