@@ -89,13 +89,13 @@ OLD_KERNEL = (
 
 
 def servers() -> set[int]:
-    """Process ids of image servers that have not ended."""
+    """Process ids of this user's image servers that have not ended."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 name = (entry / "cmdline").read_bytes().partition(b"\0")[0]
-                if name in (b"squashfuse_ll", b"sciexec-fuse") and " Z " not in (entry / "stat").read_text():
+                if entry.stat().st_uid == os.getuid() and name in (b"squashfuse_ll", b"sciexec-fuse") and " Z " not in (entry / "stat").read_text():
                     found.add(int(entry.name))
             except OSError:
                 pass
