@@ -225,8 +225,8 @@ def leave_privileges() -> str:
     except OSError as error:
         raise HostError(f"a user namespace inside a user namespace: {kernel.why(error, 'unshare')[0]}") from error
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    kernel.drop_bounding_set()
-    kernel.capset_none()
+    kernel.drop_bounding_set(0)
+    kernel.capset(0)
     return "second user namespace, no_new_privs, no capabilities"
 
 

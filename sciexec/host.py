@@ -71,24 +71,32 @@ class Host:
         except OSError:
             return ""
 
-    def passwd(self, content: bytes, home: str) -> bytes:
-        """The image's /etc/passwd with the caller in it: name and gecos, `home`, and the image's shell where it knows the uid."""
+    def passwd(self, content: bytes, home: str, uid: int) -> bytes:
+        """The image's /etc/passwd with the payload's user in it, whose home is `home`.
+
+        It is the caller: name and gecos, and the image's shell where it knows the uid.  Another `uid` is the image's business
+        but for the home, and has the caller's name where it has no other.
+        """
         lines = content.splitlines()
+        number = b"%d" % uid
         entry = [*self.entry[:5], os.fsencode(home), self.entry[6]]
-        for number, line in enumerate(lines):
+        if number != self.entry[2]:
+            entry[:3] = b"root" if uid == 0 else entry[0], b"x", number
+        for index, line in enumerate(lines):
             fields = line.split(b":")
-            if len(fields) == 7 and fields[2] == self.entry[2]:
-                lines[number] = b":".join((*entry[:6], fields[6]))
+            if len(fields) == 7 and fields[2] == number:
+                known = entry[:5] if number == self.entry[2] else fields[:5]
+                lines[index] = b":".join((*known, entry[5], fields[6]))
                 break
         else:
             lines.append(b":".join(entry))
         return b"\n".join(lines) + b"\n"
 
-    def group(self, content: bytes) -> bytes:
-        """The image's /etc/group with the caller's groups in it."""
+    def group(self, content: bytes, gids: list[int]) -> bytes:
+        """The image's /etc/group with these groups of the caller in it."""
         lines = content.splitlines()
         known = {fields[2] for line in lines if len(fields := line.split(b":")) >= 3}
-        missing = [gid for gid in self.groups if b"%d" % gid not in known]
+        missing = [gid for gid in gids if b"%d" % gid not in known]
         lines += (b"%s:x:%d:%s" % (name, gid, self.entry[0]) for gid, name in names_of_groups(missing))
         return b"\n".join(lines) + b"\n"
 

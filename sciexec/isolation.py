@@ -8,12 +8,14 @@ import struct
 import sys
 
 from sciexec import kernel
+from sciexec.errors import escaped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
     from sciexec.host import Host
+    from sciexec.limits import Limits
     from sciexec.options import Options
     from sciexec.sinit import Link
 
@@ -29,30 +31,66 @@ class Isolation:
     """Who the payload is inside, and what it shares with the host.
 
     Arguments:
-        uid, gid: the caller's.
+        uid, gid: the caller's.  inside: the payload's uid and gid.
+        capabilities: what it keeps, as a mask; they count in its own user namespace only, over mounts of its own.
         supervisor: the room sinit, where the payload gets process ids of its own; else None.
         init: whether process 1 is then sinit, or the payload itself.
+        ipc, net: whether it gets System V IPC and a network of its own.
+        hostname: its own host name; None for the host's.
+        umask: to set; None for the caller's.
+        limits: of resources; None for the caller's.
     """
 
-    __slots__ = ("_link", "_proc", "gid", "init", "supervisor", "uid")
+    __slots__ = (
+        "_link", "_proc", "capabilities", "gid", "hostname", "init", "inside", "ipc", "limits", "net", "supervisor", "uid", "umask"
+    )  # fmt: skip
 
-    def __init__(self, uid: int, gid: int, *, supervisor: Supervisor | None = None, init: bool = True) -> None:
-        self.uid, self.gid = uid, gid
+    def __init__(
+        self,
+        uid: int,
+        gid: int,
+        inside: tuple[int, int],
+        *,
+        capabilities: int = 0,
+        supervisor: Supervisor | None = None,
+        init: bool = True,
+        ipc: bool = False,
+        net: bool = False,
+        hostname: str | None = None,
+        umask: int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.uid, self.gid, self.inside = uid, gid, inside
+        self.capabilities = capabilities
         self.supervisor, self.init = supervisor, init
+        self.ipc, self.net, self.hostname, self.umask = ipc, net, hostname, umask
+        self.limits = limits
         self._proc = -1  # a descriptor of /proc/self
         self._link: Link | None = None
 
     def describe_outer(self) -> list[str]:
         """What enter_outer() and separate() do, one line for each step."""
         own = [f"own process ids, {'sinit' if self.init else 'the payload'} is 1"] if self.supervisor else []
-        return [f"user namespace {self.uid}:{self.gid} -> 0:0", *own]
+        limited = self.limits.describe() if self.limits else []
+        return [*limited, f"user namespace {self.uid}:{self.gid} -> 0:0", *own, *(["own ipc"] if self.ipc else [])]
 
     def describe_inner(self) -> list[str]:
         """What enter_inner() does, one line for each step."""
-        return [f"user namespace 0:0 -> {self.uid}:{self.gid}"]
+        lines = ["user namespace 0:0 -> {}:{}".format(*self.inside)]
+        if self.capabilities:
+            lines.append(f"own mounts, capabilities {self.capabilities:x}")
+        if self.hostname is not None:
+            lines.append(f"host name {escaped(self.hostname)}")
+        if self.net:
+            lines.append("own network, loopback")
+        if self.umask is not None:
+            lines.append(f"umask {self.umask:04o}")
+        return lines
 
     def enter_outer(self) -> None:
-        """Become root of a user namespace, in which everything will be mounted.  Raises OSError."""
+        """Become root of a user namespace, in which everything will be mounted.  Raises OSError, HostError."""
+        if self.limits:
+            self.limits.prepare()
         self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
         user_namespace(self._proc, f"0 {self.uid} 1", f"0 {self.gid} 1")
 
@@ -61,23 +99,37 @@ class Isolation:
 
         With process ids of its own the caller's process stays outside, and another one returns.
         """
-        kernel.unshare(kernel.CLONE_NEWNS | (kernel.CLONE_NEWPID if self.supervisor else 0))
         if self.supervisor:
+            kernel.unshare(kernel.CLONE_NEWPID)
             self._link = self.supervisor.leave(init=self.init)
             self._proc = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+        if self.limits:
+            self.limits.join()
+        kernel.unshare(kernel.CLONE_NEWNS | (kernel.CLONE_NEWIPC if self.ipc else 0))
 
     def enter_inner(self) -> None:
         """Become who the payload is, for good.  Raises OSError."""
-        user_namespace(self._proc, f"{self.uid} 0 1", f"{self.gid} 0 1")
+        own = kernel.CLONE_NEWNS if self.capabilities else 0  # a copy of our mounts, of which the payload cannot undo any
+        own |= kernel.CLONE_NEWUTS if self.hostname is not None else 0
+        own |= kernel.CLONE_NEWNET if self.net else 0
+        uid, gid = self.inside
+        user_namespace(self._proc, f"{uid} 0 1", f"{gid} 0 1", own)
+        if self.hostname is not None:
+            kernel.sethostname(self.hostname)
+        if self.net:
+            kernel.bring_up_loopback()
         self.confine()
 
     def confine(self) -> None:
         """Give up, in the payload's user namespace, what the payload shall not have.  Raises OSError."""
+        if self.umask is not None:
+            os.umask(self.umask)
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         if has_terminal():
             kernel.seccomp(keystroke_filter())
-        kernel.drop_bounding_set()
-        kernel.capset_none()
+        kernel.drop_bounding_set(self.capabilities)
+        kernel.capset(self.capabilities)
+        kernel.raise_ambient(self.capabilities)
 
     def finish(self) -> None:
         """The last step: what returns from it is the payload's process."""
@@ -92,12 +144,52 @@ def isolation(options: Options, host: Host) -> Isolation:
         from sciexec import sinit
 
         supervisor = sinit
-    return Isolation(host.uid, host.gid, supervisor=supervisor, init=not options.no_init)
+    limited: Limits | None = None
+    if options.limits or options.apply_cgroups:
+        from sciexec import limits
+
+        limited = limits.limits(options)
+    return Isolation(
+        host.uid,
+        host.gid,
+        identity(options, host),
+        capabilities=capabilities(options),
+        supervisor=supervisor,
+        init=not options.no_init,
+        ipc=options.ipc,
+        net=options.net,
+        hostname=(options.hostname or os.uname().nodename) if options.uts else None,
+        umask=0o022 if options.no_umask else None,
+        limits=limited,
+    )
 
 
-def user_namespace(proc: int, uid_map: str, gid_map: str) -> None:
-    """A new user namespace with these maps (user_namespaces(7)); proc is a descriptor of /proc/self."""
-    kernel.unshare(kernel.CLONE_NEWUSER)
+def identity(options: Options, host: Host) -> tuple[int, int]:
+    """The payload's uid and gid inside."""
+    uid, gid = (0, 0) if options.fakeroot else (host.uid, host.gid)
+    return uid if options.uid is None else options.uid, gid if options.gid is None else options.gid
+
+
+def capabilities(options: Options) -> int:
+    """The mask of what the payload keeps: nothing, or as root of its own namespace everything."""
+    if not (options.fakeroot or options.add_caps):
+        return 0
+    everything = (1 << kernel.last_capability() + 1) - 1
+    added, dropped = (mask(names) & everything for names in (options.add_caps, options.drop_caps))
+    return ((everything if options.fakeroot and not options.no_privs else 0) | added) & ~dropped
+
+
+def mask(names: list[str]) -> int:
+    """A bit for each capability; "all" is every one."""
+    return -1 if "all" in names else sum(1 << kernel.CAPABILITIES.index(name) for name in set(names))
+
+
+def user_namespace(proc: int, uid_map: str, gid_map: str, own: int = 0) -> None:
+    """A new user namespace with these maps (user_namespaces(7)), and of others (CLONE_NEW...) that belong to it.
+
+    proc: a descriptor of /proc/self.
+    """
+    kernel.unshare(kernel.CLONE_NEWUSER | own)
     for name, text in (("setgroups", "deny"), ("uid_map", uid_map), ("gid_map", gid_map)):
         fd = os.open(name, os.O_WRONLY, dir_fd=proc)
         os.write(fd, text.encode())

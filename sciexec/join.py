@@ -3,7 +3,7 @@
     caller's process --- user namespace that mounts, PID namespace --fork--> all others, user namespace of the payload, execve
                          supervisor (sinit.py)
 
-Namespaces come from process 1 of the instance; the one in which it mounted is the owner of its mount namespace.  All are
+Namespaces come from process 1 of the instance; the one in which it mounted is the owner of its process ids.  All are
 opened while the process is known to be the one on record: what is open cannot become another's.
 """
 
@@ -59,7 +59,7 @@ def join(options: Options, host: Host) -> NoReturn:
         own = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name, _ in NAMESPACES}
         others = [(os.open(f"ns/{name}", os.O_RDONLY, dir_fd=process), flag, own[name]) for name, flag in NAMESPACES]
         pids, inner = (os.open(f"ns/{name}", os.O_RDONLY, dir_fd=process) for name in ("pid", "user"))
-        outer = kernel.owner(others[-1][0])
+        outer = kernel.owner(pids)
         if instance.start_time(found.pid) != found.started:
             raise ProcessLookupError
         if options.limits or options.apply_cgroups:
@@ -103,6 +103,7 @@ def settle(options: Options, found: Instance) -> None:
     options.pid = False  # not of its own
     for slot in DECIDED:
         setattr(options, slot, found.options[slot])
+    options.no_privs = options.no_privs or found.options["no_privs"]
     options.binds = [Bind(*key) for key in found.options["binds"]]
 
 

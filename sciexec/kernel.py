@@ -61,6 +61,8 @@ PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
 
 # linux/capability.h, in the order of their numbers
 CAPABILITIES = (
@@ -78,6 +80,12 @@ SECCOMP_FILTER_FLAG_SPEC_ALLOW = 4
 SIG_BLOCK, SIG_UNBLOCK, SIG_SETMASK = 0, 1, 2
 SIG_IGN = 1
 ALL_SIGNALS = b"\xff" * 128
+
+# linux/if.h, linux/sockios.h
+AF_INET = 2
+SOCK_DGRAM = 2
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 1
 
 # linux/landlock.h
 LANDLOCK_CREATE_RULESET_VERSION = 1
@@ -217,21 +225,50 @@ def mount_setattr(fd: int, flags: int, attributes: int) -> None:
     _call("syscall", MOUNT_SETATTR, fd, b"", flags | AT_EMPTY_PATH, attr, len(attr))
 
 
-def capset_none() -> None:
-    """Empty the effective, permitted and inheritable sets of this thread; capset(2), version 3."""
-    _call("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
+def capset(mask: int) -> None:
+    """Make the effective, permitted and inheritable sets of this thread those of `mask`, a bit for each; capset(2), version 3."""
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    _call("capset", struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", low, low, low, high, high, high))
 
 
-def drop_bounding_set() -> None:
-    """Empty the capability bounding set: what it lacks, no execve can give."""
+def raise_ambient(mask: int) -> None:
+    """Let these capabilities, which must be permitted and inheritable, live on across execve; PR_CAP_AMBIENT, Linux 4.3."""
+    for capability in range(len(CAPABILITIES)):
+        if mask >> capability & 1:
+            _call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0)
+
+
+def last_capability() -> int:
+    """The highest that this kernel has and we have a name for."""
+    with open("/proc/sys/kernel/cap_last_cap", "rb", buffering=0) as file:
+        return min(int(file.read()), len(CAPABILITIES) - 1)
+
+
+def drop_bounding_set(kept: int) -> None:
+    """Take all but `kept` out of the capability bounding set: what it lacks, no execve can give."""
     capability = 0
     try:
         while True:
-            prctl(PR_CAPBSET_DROP, capability)
+            if not kept >> capability & 1:
+                prctl(PR_CAPBSET_DROP, capability)
             capability += 1
     except OSError as error:
         if error.errno != errno.EINVAL or capability == 0:  # EINVAL: one beyond the last that this kernel has
             raise
+
+
+def sethostname(name: str) -> None:
+    encoded = os.fsencode(name)
+    _call("sethostname", encoded, len(encoded), path=name)
+
+
+def bring_up_loopback() -> None:
+    """Of a new network namespace; netdevice(7): struct ifreq, the name and then flags."""
+    fd = _call("socket", AF_INET, SOCK_DGRAM | os.O_CLOEXEC, 0)
+    try:
+        _call("ioctl", fd, SIOCSIFFLAGS, struct.pack("@16sH22x", b"lo", IFF_UP))
+    finally:
+        os.close(fd)
 
 
 def seccomp(program: bytes) -> None:

@@ -57,7 +57,7 @@ def start(options: Options, image: Image, host: Host) -> None:
         pid=os.getpid(),
         started=instance.start_time(os.getpid()),
         running=False,
-        home=(options.home or ("", host.home))[1] or "/",
+        home=run.home_of(options, host)[1] or "/",
         start=run.start_object(image).hex() or None,
         options={slot: instance.noted(getattr(options, slot)) for slot in instance.RECORDED},
         boot=instance.boot(),

@@ -324,17 +324,21 @@ class Dev(Tmpfs):
 
     Arguments:
         console: the caller's terminal, which is not among those; "" for none.
+        ipc: whether message queues are the container's own; then it shows them.
     """
 
     DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
     LINKS = (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2"), ("ptmx", "pts/ptmx"))
     DIRECTORIES = (("pts", "devpts", "newinstance,ptmxmode=0666,mode=620"), ("shm", "tmpfs", "mode=1777"))
 
-    __slots__ = ("console",)
+    MQUEUE = ("mqueue", "mqueue", "")
 
-    def __init__(self, target: str = "/dev", *, console: str = "") -> None:
+    __slots__ = ("console", "ipc")
+
+    def __init__(self, target: str = "/dev", *, console: str = "", ipc: bool = False) -> None:
         super().__init__(target)
         self.console = console
+        self.ipc = ipc
 
     def describe(self) -> str:
         return f"dev {self.target} {' '.join(self.DEVICES)}" + (f" console={self.console}" if self.console else "")
@@ -349,7 +353,7 @@ class Dev(Tmpfs):
             kernel.mount(source, f"{kernel.magic(here)}/{name}", "", kernel.MS_BIND)
         for name, target in self.LINKS:
             os.symlink(target, name, dir_fd=here)
-        for name, fstype, options in self.DIRECTORIES:
+        for name, fstype, options in (*self.DIRECTORIES, *((self.MQUEUE,) if self.ipc else ())):
             os.mkdir(name, dir_fd=here)
             kernel.mount(fstype, f"{kernel.magic(here)}/{name}", fstype, kernel.MS_NOSUID | kernel.MS_NOEXEC, options)
 
@@ -408,8 +412,10 @@ class Edit(Operation):
                 raise ImageError(f"reading the image's {self.target}: not smaller than {LARGEST_FILE} bytes")
             edited = self.target.replace("/", "_")
             file = os.open(edited, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            os.write(file, self.change(content))
-            os.close(file)
+            try:
+                os.write(file, self.change(content))
+            finally:
+                os.close(file)
             kernel.mount(edited, kernel.magic(target), "", kernel.MS_BIND)
         finally:
             os.close(target)

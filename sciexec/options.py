@@ -83,7 +83,7 @@ def _limits(rows: str) -> tuple[Option, ...]:
     """Rows of cgroup limits: name, metavar, help."""
     lines = [[part.strip() for part in line.split("|")] for line in rows.strip().splitlines()]
     return tuple(
-        Option(name[2:].replace("-", "_"), name, VALUE, help, name[2:].replace("-", "_").upper(), metavar=metavar, state=LATER)
+        Option(name[2:].replace("-", "_"), name, VALUE, help, name[2:].replace("-", "_").upper(), metavar=metavar)
         for name, metavar, help in lines
     )
 
@@ -122,9 +122,8 @@ OPTIONS = (
     Option("no_env", "--no-env", LIST, "leave variables of the host outside", "NOENV NO_ENV", metavar="NAME,..."),
     Option("no_eval", "--no-eval", FLAG, "no shell reads arguments and variables (images made by sciexec: always)", "NO_EVAL"),
     Option("contain", "--contain -c", FLAG, "own /tmp, /var/tmp, home and a minimal /dev", "CONTAIN"),
-    Option("containall", "--containall -C", FLAG, "--contain --cleanenv --pid --ipc", "CONTAINALL", state=LATER),
-    Option("compat", "--compat", FLAG, "as Docker would: --containall --no-init --no-umask --no-eval --writable-tmpfs", "COMPAT",
-           state=LATER),
+    Option("containall", "--containall -C", FLAG, "--contain --cleanenv --pid --ipc", "CONTAINALL"),
+    Option("compat", "--compat", FLAG, "as Docker would: --containall --no-init --no-umask --no-eval --writable-tmpfs", "COMPAT"),
     Option("writable", "--writable -w", FLAG, "write into the image, an unpacked directory or one with an overlay inside", "WRITABLE",
            state=LATER),
     Option("writable_tmpfs", "--writable-tmpfs", FLAG, "make the root writable; what is written is lost at the end", "WRITABLE_TMPFS"),
@@ -132,27 +131,26 @@ OPTIONS = (
            state=LATER),
     Option("overlay", "--overlay -o", LIST, "a directory, ext3 image, SquashFS or SIF over the image", "OVERLAY OVERLAYIMAGE",
            metavar="PATH[:ro],...", state=LATER),
-    Option("fakeroot", "--fakeroot -f", FLAG, "be root inside, with the rights of the caller outside", "FAKEROOT", state=LATER),
+    Option("fakeroot", "--fakeroot -f", FLAG, "be root inside, with the rights of the caller outside", "FAKEROOT"),
     Option("pid", "--pid -p", FLAG, "own process ids", "PID UNSHARE_PID"),
     Option("no_pid", "--no-pid", FLAG, "the host's process ids, in spite of --containall", "NO_PID"),
     Option("no_init", "--no-init", FLAG, "with --pid: the command itself is process 1", "NOSHIMINIT NO_INIT"),
-    Option("ipc", "--ipc -i", FLAG, "own System V IPC and POSIX message queues", "IPC UNSHARE_IPC", state=LATER),
-    Option("uts", "--uts", FLAG, "own host name", "UTS UNSHARE_UTS", state=LATER),
-    Option("hostname", "--hostname", VALUE, "own host name, this one", "HOSTNAME", metavar="NAME", state=LATER),
-    Option("net", "--net -n", FLAG, "own network: with --network none, the loopback alone", "NET UNSHARE_NET", state=LATER),
-    Option("network", "--network", VALUE, "which: none is the one that needs no privileges", "NETWORK", metavar="NAME", state=LATER),
+    Option("ipc", "--ipc -i", FLAG, "own System V IPC and POSIX message queues", "IPC UNSHARE_IPC"),
+    Option("uts", "--uts", FLAG, "own host name", "UTS UNSHARE_UTS"),
+    Option("hostname", "--hostname", VALUE, "own host name, this one", "HOSTNAME", metavar="NAME"),
+    Option("net", "--net -n", FLAG, "own network: with --network none, the loopback alone", "NET UNSHARE_NET"),
+    Option("network", "--network", VALUE, "which: none is the one that needs no privileges", "NETWORK", metavar="NAME"),
     Option("dns", "--dns", VALUE, "name servers for /etc/resolv.conf", "DNS", metavar="ADDRESS,...", state=LATER),
     Option("app", "--app", VALUE, "the SCIF application of the image to run, or to run in", "APP APPNAME", metavar="NAME"),
-    Option("security", "--security", LIST, "be another user or group inside", "SECURITY", metavar="uid:N|gid:N", state=LATER),
-    Option("add_caps", "--add-caps", VALUE, "keep capabilities; they count inside only", "ADD_CAPS", metavar="CAP_NAME,...|all",
-           state=LATER),
-    Option("drop_caps", "--drop-caps", VALUE, "drop capabilities, with --fakeroot or --add-caps", "DROP_CAPS", metavar="CAP_NAME,...|all",
-           state=LATER),
-    Option("no_umask", "--no-umask", FLAG, "umask 0022 instead of the caller's", "NO_UMASK", state=LATER),
+    Option("security", "--security", LIST, "be another user or group inside", "SECURITY", metavar="uid:N|gid:N"),
+    Option("add_caps", "--add-caps", VALUE, "keep capabilities; they count inside only", "ADD_CAPS", metavar="CAP_NAME,...|all"),
+    Option("drop_caps", "--drop-caps", VALUE, "drop capabilities, with --fakeroot or --add-caps", "DROP_CAPS", metavar="CAP_NAME,...|all"),
+    Option("no_privs", "--no-privs", FLAG, "no capabilities, in spite of --fakeroot", "NO_PRIVS"),
+    Option("no_umask", "--no-umask", FLAG, "umask 0022 instead of the caller's", "NO_UMASK"),
     Option("fusemount", "--fusemount", LIST, "mount what a FUSE program of the image or the host serves", "FUSESPEC",
            metavar="container|host[-daemon]:COMMAND PATH", state=LATER),
     *LIMITS,
-    Option("apply_cgroups", "--apply-cgroups", VALUE, "limits from a TOML file", "APPLY_CGROUPS", metavar="PATH", state=LATER),
+    Option("apply_cgroups", "--apply-cgroups", VALUE, "limits from a TOML file", "APPLY_CGROUPS", metavar="PATH"),
     Option("unsquash", "--unsquash --tmp-sandbox", FLAG, "unpack the image into the cache and run it from there", "UNSQUASH TMP_SANDBOX",
            state=LATER),
     Option("shell", "--shell -s", VALUE, "the shell to start", "SHELL", metavar="PATH", verbs=("shell",)),
@@ -171,7 +169,6 @@ OPTIONS = (
         --userns -u | USERNS UNSHARE_USERNS
         --no-nv | NO_NV NV_OFF
         --no-rocm | NO_ROCM ROCM_OFF
-        --no-privs | NO_PRIVS
         --underlay | UNDERLAY
         --no-tmp-sandbox | NO_TMP_SANDBOX
         --no-oci | NO_OCI
@@ -258,8 +255,8 @@ class Options:
         "add_caps", "app", "apply_cgroups", "arch", "argv", "authfile", "binds", "cleanenv", "compat", "contain", "containall",
         "cwd", "data", "debug", "disable_cache", "dns", "drop_caps", "env", "env_files", "fakeroot", "fusemounts", "gid", "home",
         "hostname", "image", "ipc", "limits", "name", "net", "no_env", "no_eval", "no_home", "no_https", "no_init", "no_mount", "no_pid",
-        "no_umask", "nocolor", "overlays", "pid", "pid_file", "program", "quiet", "scratch", "shell", "tmpfs_size", "uid", "unsquash",
-        "uts", "verb", "verbose", "workdir", "writable", "writable_tmpfs",
+        "no_privs", "no_umask", "nocolor", "overlays", "pid", "pid_file", "program", "quiet", "scratch", "shell", "tmpfs_size", "uid",
+        "unsquash", "uts", "verb", "verbose", "workdir", "writable", "writable_tmpfs",
     )  # fmt: skip
 
     program: str
@@ -301,6 +298,7 @@ class Options:
     gid: int | None
     add_caps: list[str]
     drop_caps: list[str]
+    no_privs: bool
     no_umask: bool
     fusemounts: list[str]
     limits: dict[str, str]
@@ -471,16 +469,18 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
     options.overlays = [spelling.overlay(word) for word in words(*texts("overlay"))]
     size = text("tmpfs_size")
     options.tmpfs_size = spelling.size("--tmpfs-size", size) if size else 0
-    options.hostname = text("hostname")
+    hostname = text("hostname")
+    options.hostname = spelling.hostname(hostname) if hostname else None
     options.uts = options.uts or bool(options.hostname)
     options.net = spelling.is_net(options.net, text("network"))
     options.dns = words(text("dns"))
-    options.uid, options.gid = spelling.security(texts("security"))
+    options.uid, options.gid = spelling.security(words(*texts("security")))
     options.add_caps = [spelling.capability(word) for word in words(text("add_caps"))]
     options.drop_caps = [spelling.capability(word) for word in words(text("drop_caps"))]
     options.fusemounts = texts("fusemount")
     options.limits = {option.slot: value for option in LIMITS if (value := text(option.slot))}
-    options.apply_cgroups = text("apply_cgroups")
+    cgroups = text("apply_cgroups")
+    options.apply_cgroups = spelling.absolute(cgroups) if cgroups else None
     options.shell, options.arch, options.authfile = text("shell"), text("arch"), text("authfile")
     options.app, options.pid_file = text("app"), text("pid_file")
     return options

@@ -29,7 +29,7 @@ START = "sciexec.start"  # the SIF object that holds the image's environment and
 
 def plan(options: Options, image: Image, host: Host) -> Plan:
     """What a run with these options will do.  Raises HostError where a bind's source is missing."""
-    home_source, home = options.home or (host.home, host.home)
+    home_source, home = home_of(options, host)
     operations = [*defaults(options, host, home or "/"), *homes(options, home_source, home)]
     for bind in options.binds:
         if not os.path.exists(bind.source):
@@ -83,13 +83,23 @@ def payload(options: Options, image: str, start: bytes, host: Host, home: str) -
 def defaults(options: Options, host: Host, home: str) -> list[Operation]:
     """What every container has of its host."""
     listed: list[Operation] = [Proc("/proc") if options.pid else Bind("/proc", "/proc"), Bind("/sys", "/sys")]
-    listed.append(Dev(console=console()) if options.contain else Bind("/dev", "/dev"))
+    listed.append(Dev(console=console(), ipc=options.ipc) if options.contain else Bind("/dev", "/dev"))
     listed += [Bind(path, path, optional=True) for path in ("/etc/hosts", "/etc/localtime", "/etc/resolv.conf")]
-    listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home), f"with uid {host.uid}"))
-    listed.append(Edit("/etc/group", host.group, f"with gid {','.join(map(str, host.groups))}"))
+    uid, gid = isolation.identity(options, host)
+    groups = host.groups if gid == host.gid else [gid]
+    listed.append(Edit("/etc/passwd", lambda content: host.passwd(content, home, uid), f"with uid {uid}"))
+    listed.append(Edit("/etc/group", lambda content: host.group(content, groups), f"with gid {','.join(map(str, groups))}"))
+    if options.hostname:
+        named = os.fsencode(f"{options.hostname}\n")
+        listed.append(Edit("/etc/hostname", lambda content: named, "with the host name"))
     for path in ("/tmp", "/var/tmp"):
         listed.append(Tmpfs(path, mode=0o1777, optional=True) if options.contain else Bind(path, path, optional=True))
     return listed
+
+
+def home_of(options: Options, host: Host) -> tuple[str, str]:
+    """(source, path inside) of the home directory; either may be ""."""
+    return options.home or (host.home, "/root" if options.fakeroot else host.home)
 
 
 def homes(options: Options, source: str, target: str) -> list[Operation]:

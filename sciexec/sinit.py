@@ -10,8 +10,9 @@ to be forwarded, and the supervisor cannot tell the one from the other; but sini
     supervisor --- link.told: one byte for each signal --------> sinit     has it come to me as well?  the payload has it then
     supervisor <-- link.report: wait status of the payload ----- sinit     stopped: so does the supervisor; ended: so does it
 
-The kernel gives a signal to a group's youngest process first: what the supervisor tells, sinit has seen.  With --no-init
-there is nobody to ask, and the supervisor forwards whatever a process has sent.
+The kernel gives a signal to a group's youngest process first: what the supervisor tells, sinit has seen.
+
+With --no-init there is nobody to ask: the supervisor forwards whatever a process, and not the terminal, has sent.
 
 The supervisor's death is the container's: the kernel kills process 1 then (PR_SET_PDEATHSIG), and with it all others.
 
@@ -35,7 +36,8 @@ NAME = b"sinit"
 READY = b"\0\0\0\0"
 START = b"\0"
 GRACE = 0.1  # seconds; a signal that reached sinit and, so long after, not the supervisor, was meant for sinit alone
-SIGINT, SIGKILL, SIGCHLD, SIGSTOP = 2, 9, 17, 19
+SIGINT, SIGKILL, SIGCHLD, SIGCONT, SIGSTOP = 2, 9, 17, 18, 19
+STOPPING = (20, 21, 22)  # TSTP, TTIN, TTOU
 STATUS = struct.Struct("=i")  # as waitpid(2) has it
 SIGINFO = struct.Struct("=Iii116x")  # struct signalfd_siginfo: signal, errno, code; a code above 0 is the kernel's own
 
@@ -117,7 +119,7 @@ class Supervisor:
 
     def __init__(self, child: int, tell: int, reported: int, *, init: bool) -> None:
         self.child, self.tell, self.reported, self.init = child, tell, reported, init
-        self.status: int | None = None  # the payload's last, as sinit told it
+        self.status = 0  # the payload's last, as sinit told it
 
     def supervise(self) -> NoReturn:
         """Until the payload can be started a signal kills, as it would kill us without a container; from then on it is forwarded."""
@@ -172,15 +174,15 @@ class Supervisor:
                 continue
             while data := os.read(self.reported, STATUS.size):
                 self.status = STATUS.unpack(data)[0]
-            told = self.status
-            self.end(status if told is None or os.WIFSTOPPED(told) else told)
+            self.end(self.status or status)
 
     def changed(self, status: int) -> None:
         """The payload has stopped, and so do we, for the shell to see; or it has ended, and we wait for the namespace to be empty."""
-        self.status = status
-        if os.WIFSTOPPED(status):
-            raise_signal(os.WSTOPSIG(status))
-            kernel.sigprocmask(kernel.SIG_BLOCK, kernel.ALL_SIGNALS)
+        if not os.WIFSTOPPED(status):
+            self.status = status
+            return
+        raise_signal(os.WSTOPSIG(status))
+        kernel.sigprocmask(kernel.SIG_BLOCK, kernel.ALL_SIGNALS)
 
     def end(self, status: int) -> NoReturn:
         """End as the payload did."""
@@ -255,16 +257,20 @@ class Init:
         while True:
             waiting = bool(self.seen) and not self.stopped
             ready = [fd for fd, _ in poll.poll(int(GRACE * 1000) if waiting else None)]
-            told = b""
+            told: list[int] = []
             if self.link and self.link.told in ready:  # before the signals: those that it is about have arrived
-                told = os.read(self.link.told, 64)
+                told = list(os.read(self.link.told, 64))
                 if not told:
                     os._exit(255)
-            for number, _ in signals(self.arriving):
-                if number == SIGCHLD:
-                    self.reap()
-                else:
-                    self.seen[number] = time.monotonic()
+            arrived = [number for number, _ in signals(self.arriving)]
+            if SIGCHLD in arrived:
+                self.reap()
+            if SIGCONT in (*arrived, *told):  # it has taken back, here or there, what should stop us
+                arrived, told = [[n for n in numbers if n not in STOPPING] for numbers in (arrived, told)]
+                for number in STOPPING:
+                    self.seen.pop(number, None)
+            now = time.monotonic()
+            self.seen.update((number, now) for number in arrived if number != SIGCHLD)
             for number in told:
                 if self.seen.pop(number, None) is None:
                     os.kill(self.child, number)

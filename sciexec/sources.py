@@ -211,7 +211,7 @@ def confine() -> None:
         kernel.landlock_restrict_writes()
     except OSError:  # before Linux 5.13, or turned off
         pass
-    kernel.capset_none()
+    kernel.capset(0)
 
 
 def source(image: Image, host: Host, *, quiet: bool) -> Source:

@@ -181,6 +181,13 @@ def is_net(net: bool, network: str | None) -> bool:
     )
 
 
+def hostname(text: str) -> str:
+    """A host name: letters, digits, hyphens and dots; sethostname(2) takes 64 characters."""
+    if len(text) > 64 or not text.isascii() or not text.replace("-", "").replace(".", "").isalnum():
+        raise UsageError(f"--hostname {escaped(text)}: not a host name", "up to 64 letters, digits, hyphens and dots")
+    return text
+
+
 LABELS = {
     "selinux": "SELinux labels are the policy's to give",
     "apparmor": "an AppArmor profile is loaded by root",

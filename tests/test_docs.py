@@ -6,7 +6,8 @@ top to bottom, so that an example finds what an earlier one made.
     $ COMMAND                        lines without "$ " behind it are what it prints, on both streams; "..." is anything
     COMMAND                          in a block without any "$ ": every line is a command; what it prints is not looked at
 
-The code must be 0, unless "FATAL: " is expected and the command does not end with `echo $?`.  Comments of HTML, which no reader sees, in front of a block:
+The code must be 0, unless "FATAL: " is expected and the command does not end with `echo $?`.
+Comments of HTML, which no reader sees, in front of a block:
 
     <!-- not run: REASON -->         the block needs what is not here
     <!-- not run (TEXT): REASON -->  its lines with TEXT in them do

@@ -63,6 +63,13 @@ def test_a_run_loads_this_and_nothing_else(verb: str, rootfs: Path, tmp_path: Pa
     assert not modules & set(NEVER.split())
 
 
+def test_process_ids_of_its_own_load_little_more(rootfs: Path) -> None:
+    """As workflow engines always ask for them."""
+    modules = loaded("exec", "--no-home", "--pid", rootfs, "true")
+    assert "sciexec.sinit" in modules
+    assert modules <= OURS | LIBRARY | BARE | {"sciexec.sinit", "select", "time", "fcntl"}
+
+
 def test_the_version_costs_an_interpreter() -> None:
     program = PROGRAM.replace("sys.exit(main(", "code = main(").replace("sys.argv[1:]))", 'sys.argv[1:]); execve("", [], {})')
     assert loaded("--version", program=program) <= {"sciexec", "sciexec.__main__", "sciexec.errors", "__future__", "gc", *BARE}

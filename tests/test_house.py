@@ -20,7 +20,7 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 # Ground floor first.
 SCIEXEC = """
     __init__ errors kernel squashfs sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options scripts assignments environment
-    host sources mounts overlay sinit isolation limits gpu mpi share relay enter data run instance stats launch join inspect doctor
+    host sources mounts overlay sinit limits isolation gpu mpi share relay enter data run instance stats launch join inspect doctor
     switch completion help cli __main__
 """.split()
 CONVERT = """

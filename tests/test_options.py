@@ -95,7 +95,7 @@ def test_whatever_is_not_plain_is_left_to_click(line: str) -> None:
 def test_every_option_is_known_or_refused_by_its_name(verb: str) -> None:
     for row in options.rows(verb):
         for name in row.names:
-            words = [verb, name, *([] if row.kind == FLAG else ["/x=y"]), "i", "c"]
+            words = [verb, name, *(ALONE.get(row.slot, []) if row.kind == FLAG else VALUES.get(row.slot, ["/x=y"])[:1]), "i", "c"]
             found = options.parse("sciexec", words, {})
             assert (found is None) == (row.state in (LATER, NEVER)), words
             if found is None and verb in cli.commands.commands:
@@ -128,15 +128,37 @@ GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fuse
 # --- two readers, one meaning -----------------------------------------------------------------------------------------------
 
 
+# values of options that do not take any text
+VALUES = {
+    "bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"],
+    "home": ["/h", "/h:/i"],
+    "env": ["A=1", "A=1,B=2"],
+    "hostname": ["box", "node-1.example.org"],
+    "network": ["none"],
+    "security": ["uid:5", "gid:0"],
+    "add_caps": ["CAP_CHOWN", "all"],
+    "drop_caps": ["chown,CAP_KILL", "ALL"],
+    "memory": ["1g"],
+    "memory_swap": ["2G", "-1"],
+    "memory_reservation": ["100m"],
+    "cpus": ["1.5"],
+    "cpu_shares": ["512"],
+    "cpuset_cpus": ["0", "0-3,8"],
+    "cpuset_mems": ["0"],
+    "pids_limit": ["100"],
+    "blkio_weight": ["500"],
+}
+# flags that mean nothing alone
+ALONE = {"net": ["--network=none"]}
+
+
 def spellings(row: Option) -> st.SearchStrategy[list[str]]:
     """Ways to write an option that both readers take."""
-    values = {"bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"], "home": ["/h", "/h:/i"], "env": ["A=1", "A=1,B=2"]}.get(
-        row.slot, ["/v", "-v", "a b"]
-    )
+    values = VALUES.get(row.slot, ["/v", "-v", "a b"])
     ways = []
     for name in row.names:
         if row.kind == FLAG:
-            ways.append([name])
+            ways.append([name, *ALONE.get(row.slot, [])])
             continue
         for value in values:
             ways.append([name, value])

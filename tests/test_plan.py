@@ -72,11 +72,14 @@ def test_a_passwd_entry_is_added_or_completed(monkeypatch: pytest.MonkeyPatch) -
     caller = host.Host()
     caller.entry = b"me:x:77:88:Me:/home/me:/bin/zsh".split(b":")
     caller.gid, caller.groups = 88, [0, 88, 4000000]
-    assert (
-        caller.passwd(b"root:x:0:0:root:/root:/bin/sh\n", "/home/me") == b"root:x:0:0:root:/root:/bin/sh\nme:x:77:88:Me:/home/me:/bin/zsh\n"
-    )
-    assert caller.passwd(b"app:x:77:77:App:/app:/bin/sh", "/other") == b"me:x:77:88:Me:/other:/bin/sh\n"
-    assert caller.passwd(b"", "/home/me") == b"me:x:77:88:Me:/home/me:/bin/zsh\n"
-    lines = caller.group(b"root:x:0:\n\nbroken\n").splitlines()
+    root, me = b"root:x:0:0:root:/root:/bin/sh\n", b"me:x:77:88:Me:/home/me:/bin/zsh\n"
+    assert caller.passwd(root, "/home/me", 77) == root + me
+    # root, or somebody else, in the caller's place
+    assert caller.passwd(root, "/home/me", 0) == b"root:x:0:0:root:/home/me:/bin/sh\n"
+    assert caller.passwd(b"", "/root", 0) == b"root:x:0:88:Me:/root:/bin/zsh\n"
+    assert caller.passwd(b"", "/home/me", 99) == b"me:x:99:88:Me:/home/me:/bin/zsh\n"
+    assert caller.passwd(b"app:x:77:77:App:/app:/bin/sh", "/other", 77) == b"me:x:77:88:Me:/other:/bin/sh\n"
+    assert caller.passwd(b"", "/home/me", 77) == b"me:x:77:88:Me:/home/me:/bin/zsh\n"
+    lines = caller.group(b"root:x:0:\n\nbroken\n", caller.groups).splitlines()
     assert lines[:3] == [b"root:x:0:", b"", b"broken"]
     assert lines[3].endswith(b":x:88:me") and lines[4] == b"group4000000:x:4000000:me"

@@ -16,6 +16,8 @@ from sciexec import host
 
 pytest_plugins = ["run_fixtures"]
 
+EVERY_WAY = [[], ["--pid"], ["--pid", "--no-init"]]
+
 
 # --- the payload ------------------------------------------------------------------------------------------------------------
 
@@ -44,9 +46,10 @@ def test_the_payload_is_the_process_that_was_started(sciexec_path: Path, image: 
         assert process.wait(10) == -number
 
 
-def test_standard_streams_are_the_callers(sciexec: Command, image: Path) -> None:
+@pytest.mark.parametrize("options", EVERY_WAY)
+def test_standard_streams_are_the_callers(sciexec: Command, image: Path, options: list[str]) -> None:
     text = "".join(f"line {number}\n" for number in range(20000))
-    done = sciexec("exec", image, "sh", "-c", "cat; echo error >&2", input=text)
+    done = sciexec("exec", *options, image, "sh", "-c", "cat; echo error >&2", input=text)
     assert (done.stdout, done.stderr) == (text, "error\n")
 
 
@@ -91,9 +94,11 @@ def test_a_terminal_is_a_terminal_and_nothing_can_be_typed_into_it(sciexec_path:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-def test_inherited_descriptors_arrive_and_ours_do_not(sciexec_path: Path, image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", EVERY_WAY)
+def test_inherited_descriptors_arrive_and_ours_do_not(sciexec_path: Path, image: Path, tmp_path: Path, options: list[str]) -> None:
     reading, writing = os.pipe()
-    command = [str(sciexec_path), "exec", str(image), "sh", "-c", f"echo through > /proc/self/fd/{writing}; ls /proc/self/fd"]
+    script = f"echo through > /proc/self/fd/{writing}; ls /proc/self/fd"
+    command = [str(sciexec_path), "exec", *options, str(image), "sh", "-c", script]
     done = subprocess.run(command, pass_fds=[writing], stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path, check=True)
     os.close(writing)
     with open(reading) as file:
@@ -101,11 +106,39 @@ def test_inherited_descriptors_arrive_and_ours_do_not(sciexec_path: Path, image:
     assert set(map(int, done.stdout.split())) - {3} == {0, 1, 2, writing} - {3}  # 3: the listing's own
 
 
+@pytest.mark.parametrize("options", EVERY_WAY)
+def test_a_full_disk_is_the_payloads_to_notice(sciexec_path: Path, image: Path, options: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sciexec_path, "exec", *options, image, "sh", "-c", "echo text || exit 42"]
+        assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL, check=False).returncode == 42
+
+
+@pytest.mark.parametrize("options", EVERY_WAY)
+def test_a_reader_sees_the_end_when_the_payload_closes_its_output(sciexec_path: Path, image: Path, options: list[str]) -> None:
+    """Nobody of ours holds the pipe open."""
+    command = [sciexec_path, "exec", *options, image, "sh", "-c", "echo last; exec >&-; read line"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read() == "last\n"
+        assert process.poll() is None
+        process.communicate("\n", timeout=10)
+
+
+@pytest.mark.parametrize("options", EVERY_WAY)
+@pytest.mark.parametrize("limit", ["-n 64", "-p 400", "-s 256", "-v 400000", "-f 0"])
+def test_small_limits_are_enough(sciexec_path: Path, image: Path, limit: str, options: list[str]) -> None:
+    """Of descriptors, processes, stack, memory, file size; the last forbids even a file of one byte."""
+    line = f'ulimit {limit.replace("-p", "-u")}; exec "$0" exec {" ".join(options)} "$1" sh -c "ulimit {limit.split()[0]}"'
+    done = subprocess.run(["bash", "-c", line, sciexec_path, image], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{limit.split()[1]}\n", "")
+
+
+@pytest.mark.parametrize("options", EVERY_WAY)
 @pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
-def test_closed_streams_stay_closed(sciexec_path: Path, image: Path, tmp_path: Path, closed: str) -> None:
+def test_closed_streams_stay_closed(sciexec_path: Path, image: Path, tmp_path: Path, closed: str, options: list[str]) -> None:
     """And no file of ours takes their place, neither in the payload nor in the server."""
     script = f"for fd in 0 1 2; do [ -e /proc/$$/fd/$fd ] && echo $fd >&3; done 3> {tmp_path}/open"
-    line = f'exec {sciexec_path} exec {image} sh -c "$1" ' + " ".join(f"{number}<&-" for number in closed.split())
+    line = f'exec {sciexec_path} exec {" ".join(options)} {image} sh -c "$1" ' + " ".join(f"{number}<&-" for number in closed.split())
     done = subprocess.run(["sh", "-c", line, "sh", script], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("", "")
     assert (tmp_path / "open").read_text().split() == [number for number in "012" if number not in closed]
