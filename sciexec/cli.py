@@ -178,12 +178,10 @@ def instance_stop(ctx: click.Context, everything: bool, force: bool, signal: str
     """Stop instances: all processes in them have ended then."""
     from sciexec import host, instance
 
-    if everything == bool(pattern):
-        raise UsageError("instance stop: either --all or the name of an instance", "see `sciexec instance stop --help`")
+    if not everything and not pattern:
+        raise UsageError("instance stop: neither a name nor --all is given", "see `sciexec instance stop --help`")
     number = instance.signal_number("SIGKILL" if force else signal)
-    found = instance.find_all(instance.whose(host.Host(), user), pattern or "*")
-    if not found:
-        raise UsageError("no instance found", "`sciexec instance list` shows those of this host")
+    found = instance.chosen(instance.whose(host.Host(), user), "*" if everything else pattern)
     instance.stop(found, number, timeout, quiet=bool(ctx.obj["values"].get("quiet")))
 
 
@@ -196,7 +194,8 @@ def instance_stats(as_json: bool, no_stream: bool, user: str, name: str) -> None
     """Show what an instance uses: CPU, memory, input and output, processes."""
     from sciexec import host, instance, stats
 
-    stats.stats(instance.find(instance.whose(host.Host(), user), name), click.echo, as_json=as_json, stream=not no_stream)
+    for found in instance.chosen(instance.whose(host.Host(), user), name)[:1]:
+        stats.stats(found, click.echo, as_json=as_json, stream=not no_stream)
 
 
 @commands.command()

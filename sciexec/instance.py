@@ -10,7 +10,7 @@ $XDG_STATE_HOME/sciexec/instances, else ~/.local/state/sciexec/instances.
 No lock guards a name, as not every shared file system has them.  A name is taken by renaming a directory with the record in
 it over NAME: the kernel replaces an empty directory and refuses any other, so of two who try one succeeds.
 
-A record counts as long as the process PID lives that began at START: the starting command at first, then process 1 of the
+A record counts as long as its owner's process PID lives that began at START: the starting command at first, then process 1 of the
 instance, for which a second record is added before the first is removed.  Whoever meets a record that does not count removes it;
 as no other can have its name, that never is another one.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import os
 
-from sciexec.errors import HostError, UsageError, escaped
+from sciexec.errors import HostError, SciexecError, UsageError, escaped
 from sciexec.sources import tell
 
 TYPE_CHECKING = False
@@ -39,6 +39,7 @@ RECORDED = """
 """.split()
 CONFIG = ("SCIEXEC_CONFIGDIR", "APPTAINER_CONFIGDIR", "SINGULARITY_CONFIGDIR")
 PF_EXITING = 4  # linux/sched.h; of the flags in /proc/PID/stat
+PATIENCE = 2  # seconds, for the kernel to end what was killed
 TRIES = 100  # to take a name that others take and leave all the time
 
 
@@ -54,11 +55,11 @@ class Instance:
         options: of the start, by slot; those of RECORDED.
         boot, namespace: of the host, and of the process ids on it, where pid means something.
         out, err: absolute paths of the logs.
-        path: of the record; "" where it has none yet.
+        path: of the record; "" where it has none yet.  owner: of the record, a uid.
     """
 
     FIELDS = ("name", "image", "pid", "started", "running", "home", "start", "options", "boot", "namespace", "out", "err")
-    __slots__ = (*FIELDS, "path")
+    __slots__ = (*FIELDS, "owner", "path")
 
     name: str
     image: str
@@ -73,11 +74,12 @@ class Instance:
     out: str
     err: str
     path: str
+    owner: int
 
-    def __init__(self, *, path: str = "", **fields: Any) -> None:
+    def __init__(self, *, path: str = "", owner: int | None = None, **fields: Any) -> None:
         for name in self.FIELDS:
             setattr(self, name, fields[name])
-        self.path = path
+        self.path, self.owner = path, os.getuid() if owner is None else owner
 
     def dump(self) -> bytes:
         import json
@@ -89,7 +91,21 @@ class Instance:
         return {"instance": self.name, "pid": self.pid, "img": self.image, "ip": "", "logErrPath": self.err, "logOutPath": self.out}
 
     def is_alive(self) -> bool:
-        return self.boot == boot() and start_time(self.pid) == self.started
+        """Whether there is the process, and is the record owner's: root, who may stop anything, believes no user's record."""
+        if self.boot != boot() or start_time(self.pid) != self.started:
+            return False
+        try:
+            return os.stat(f"/proc/{self.pid}").st_uid == self.owner
+        except OSError:
+            return False
+
+    def has_ended(self) -> bool:
+        """Whether its processes are all gone: the kernel lets process 1 wait for the others."""
+        try:
+            fields = stat_of(self.pid)
+        except OSError:
+            return True
+        return fields[0] in (b"Z", b"X") or int(fields[19]) != self.started
 
     def is_elsewhere(self) -> bool:
         """Whether its process ids mean nothing here, as it was started in another PID namespace of this host."""
@@ -223,11 +239,13 @@ def records(directory: str) -> Iterator[Instance]:
         path = f"{directory}/{name}"
         try:
             with open(path, "rb") as file:
-                found = Instance(path=path, **json.load(file))
+                found = Instance(path=path, owner=os.fstat(file.fileno()).st_uid, **json.load(file))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise HostError(f"reading {escaped(path)}: not the record of an instance ({error})", "remove it") from error
+        if os.getuid() not in (found.owner, 0):  # where somebody else can write, nobody is safe
+            raise HostError(f"reading {escaped(path)}: the record belongs to somebody else", "SCIEXEC_CONFIGDIR names another directory")
         if found.is_elsewhere() or found.is_alive():
             yield found
         else:
@@ -279,9 +297,9 @@ def children(pid: int) -> bool:
 
 
 def check_name(name: str) -> str:
-    """`name`, if an instance can be called so.  Raises UsageError."""
+    """`name`, if an instance can be called so.  Raises SciexecError (the exit code is Apptainer's)."""
     if not name or not LETTERS.issuperset(name) or name in (".", "..") or len(name) > LONGEST:
-        raise UsageError(
+        raise SciexecError(
             f"instance name {escaped(name) or '(empty)'}: not a valid one", f"letters, digits, '.', '_' and '-', at most {LONGEST}"
         )
     return name
@@ -312,6 +330,14 @@ def find_all(host: Host, pattern: str = "*") -> list[Instance]:
         return []
     found = [instance for name in names for instance in records(f"{place}/{name}")]
     return [instance for instance in found if instance.running and not instance.is_elsewhere()]
+
+
+def chosen(host: Host, pattern: str) -> list[Instance]:
+    """find_all(), which shall find one at least.  Raises UsageError (the exit code is Apptainer's)."""
+    found = find_all(host, pattern)
+    if not found:
+        raise UsageError("no instance found", "`sciexec instance list` shows those of this host")
+    return found
 
 
 def listing(instances: list[Instance], *, as_json: bool, logs: bool) -> str:
@@ -353,14 +379,14 @@ def whose(host: Host, user: str) -> Host:
 
 
 def signal_number(text: str) -> int:
-    """The number of a signal: 15, TERM or SIGTERM.  Raises UsageError."""
+    """The number of a signal: 15, TERM or SIGTERM.  Raises SciexecError (the exit code is Apptainer's)."""
     import signal
 
     name = text.upper()
     found = signal.Signals.__members__.get(name if name.startswith("SIG") else f"SIG{name}")
     number = int(text) if text.isascii() and text.isdigit() else found.value if found else 0
     if number not in signal.valid_signals():
-        raise UsageError(f"signal {escaped(text)}: there is no such signal", "as SIGTERM, TERM or 15")
+        raise SciexecError(f"signal {escaped(text)}: there is no such signal", "as SIGTERM, TERM or 15")
     return number
 
 
@@ -392,10 +418,10 @@ def stop(instances: list[Instance], signal: int, timeout: float, *, quiet: bool)
     for instance in left:
         say(f"Killing {instance.name} instance of {escaped(instance.image)} (PID={instance.pid}) (Timeout)")
         send(instance, 9)
-    for instance in left:
-        while instance.is_alive():  # not long: nothing but the kernel keeps it
-            time.sleep(0.001)
+    deadline = time.monotonic() + PATIENCE
     for instance in instances:
+        while not instance.has_ended() and time.monotonic() < deadline:
+            time.sleep(0.001)
         instance.remove()
 
 

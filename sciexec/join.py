@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 
 from sciexec import enter, instance, isolation, kernel, run, sinit
-from sciexec.errors import HostError, UsageError, escaped
+from sciexec.errors import HostError, UsageError
 from sciexec.options import INSTANCE
 from sciexec.sources import tell
 from sciexec.spelling import Bind
@@ -37,7 +37,7 @@ ADDITIONS = {
     "writable": "--writable", "writable_tmpfs": "--writable-tmpfs", "overlays": "--overlay", "fakeroot": "--fakeroot",
     "add_caps": "--add-caps", "fusemounts": "--fusemount", "dns": "--dns",
 }  # fmt: skip
-DECIDED = "contain limits apply_cgroups fakeroot uid gid add_caps drop_caps".split()
+DECIDED = "contain fakeroot uid gid add_caps drop_caps".split()
 # The kernel's names, in the order in which they are joined: the mount namespace last, it takes /proc/PID out of sight.
 NAMESPACES = (
     ("ipc", kernel.CLONE_NEWIPC), ("uts", kernel.CLONE_NEWUTS), ("net", kernel.CLONE_NEWNET), ("cgroup", kernel.CLONE_NEWCGROUP),
@@ -52,6 +52,11 @@ def join(options: Options, host: Host) -> NoReturn:
     payload = run.payload(options, found.image, bytes.fromhex(found.start or ""), host, found.home)
     who = isolation.isolation(options, host)
     cwd = [options.cwd] if options.cwd else [*([] if options.contain else [host.cwd]), found.home, "/"]
+    group = -1
+    if found.options["limits"] or found.options["apply_cgroups"]:
+        from sciexec import limits
+
+        group = limits.enter(found.pid)
     if options.debug:
         tell(f"join {found.name}, process {found.pid}\n{payload.describe()}")
     try:
@@ -62,11 +67,11 @@ def join(options: Options, host: Host) -> NoReturn:
         outer = kernel.owner(pids)
         if instance.start_time(found.pid) != found.started:
             raise ProcessLookupError
-        if options.limits or options.apply_cgroups:
-            share_limits(found.pid)
         kernel.setns(outer, kernel.CLONE_NEWUSER)
         kernel.setns(pids, kernel.CLONE_NEWPID)
         link = sinit.leave(init=False)
+        if group >= 0:
+            enter_group(group, found)
         for fd, flag, mine in others:
             if os.fstat(fd).st_ino != mine:
                 kernel.setns(fd, flag)
@@ -99,7 +104,7 @@ def settle(options: Options, found: Instance) -> None:
                 )
             if not options.quiet:
                 tell(f"INFO:    {name} is ignored: instance {found.name} was started without")
-    options.name = found.name
+    options.name, options.limits, options.apply_cgroups = found.name, {}, None
     options.pid = False  # not of its own
     for slot in DECIDED:
         setattr(options, slot, found.options[slot])
@@ -107,15 +112,16 @@ def settle(options: Options, found: Instance) -> None:
     options.binds = [Bind(*key) for key in found.options["binds"]]
 
 
-def share_limits(pid: int) -> None:
-    """Enter the control group of a process, or its limits would not hold for us; cgroups(7), version 2.  Raises HostError."""
-    with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-        path = next((line[3:].rstrip("\n") for line in file if line.startswith("0::")), "")
+def enter_group(group: int, found: Instance) -> None:
+    """Let the limits of the instance hold for us.  Raises HostError."""
     try:
-        with open(f"/sys/fs/cgroup{path}/cgroup.procs", "w", encoding="ascii") as file:
-            file.write(str(os.getpid()))
+        os.write(group, b"0")
     except OSError as error:
-        raise HostError(f"joining the limits of process {pid} ({escaped(path)}): {error.strerror}") from error
+        raise HostError(
+            f"joining instance {found.name}: its limits cannot be had here: {error.strerror}",
+            "the kernel lets processes enter from the control group only in which the instance was started, or from below it",
+        ) from error
+    os.close(group)
 
 
 def has_all(has: object, asked: object) -> bool:

@@ -14,6 +14,7 @@ instance that is on record and runs, or there is none.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 
@@ -46,7 +47,7 @@ def start(options: Options, image: Image, host: Host) -> None:
     """Start an instance; it runs when this returns.  Raises SciexecError where it does not."""
     base = instance.base(host)
     name = instance.check_name(options.name)
-    options.pid = True
+    options.pid, options.no_init = True, False
     made = run.plan(options, image, host)
     if options.debug:
         tell(made.describe())
@@ -84,7 +85,7 @@ def start(options: Options, image: Image, host: Host) -> None:
 
 def open_pid_file(path: str) -> int:
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return open_above(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         raise HostError(f"writing the process id to {escaped(path)}: {error.strerror}") from error
 
@@ -92,9 +93,17 @@ def open_pid_file(path: str) -> int:
 def open_log(path: str) -> int:
     instance.private(os.path.dirname(path))
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+        return open_above(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
     except OSError as error:
         raise HostError(f"opening the log {escaped(path)}: {error.strerror}", "SCIEXEC_CONFIGDIR names another directory") from error
+
+
+def open_above(path: str, flags: int) -> int:
+    """Open a file that does not become a standard stream where the caller has closed one."""
+    fd = os.open(path, flags, 0o644)
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return moved
 
 
 def link_logs(record: Instance, program: str, base: str, host: Host) -> None:
@@ -156,7 +165,7 @@ def become(plan: Plan, logs: list[int], wait: int, report: int) -> NoReturn:
         os.setsid()
         forget_environment()
         close_inherited()
-        for number, fd in enumerate((os.open(os.devnull, os.O_RDONLY), *logs)):
+        for number, fd in enumerate((open_above(os.devnull, os.O_RDONLY), *logs)):
             os.dup2(fd, number)
         plan.isolation.supervisor = Launch(plan.payload, wait, report)
         enter.enter(plan)

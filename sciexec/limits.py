@@ -339,9 +339,9 @@ def controllers(files: dict[str, str]) -> set[str]:
     return {file.partition(".")[0] for file in files} - {"cgroup"}
 
 
-def here() -> tuple[str, str]:
-    """(our control group's directory, the root of what we see of the hierarchy).  Raises HostError where there is none."""
-    path = next((line[3:] for line in lines("/proc/self/cgroup") if line.startswith("0::/")), "")
+def here(process: int | str = "self") -> tuple[str, str]:
+    """(our, or a process's, control group's directory, the root of what we see of the hierarchy).  Raises HostError where there is none."""
+    path = next((line[3:] for line in lines(f"/proc/{process}/cgroup") if line.startswith("0::/")), "")
     for line in lines("/proc/self/mountinfo") if path else ():
         fields, _, kind = line.partition(" - ")
         if kind.startswith("cgroup2 "):
@@ -349,6 +349,15 @@ def here() -> tuple[str, str]:
             if f"{path}/".startswith(f"{root}/") and os.path.exists(f"{point}{path[len(root) :]}/cgroup.procs"):
                 return f"{point}{path[len(root) :]}".rstrip("/"), point
     raise HostError("limiting resources: this host has no control groups of version 2", ON)
+
+
+def enter(process: int) -> int:
+    """A descriptor through which a process enters the group of another one, by writing b"0".  Raises HostError."""
+    group, top = here(process)
+    try:
+        return os.open(f"{group}/cgroup.procs", os.O_WRONLY)
+    except OSError as error:
+        raise HostError(f"limiting resources: entering the control group {escaped(group[len(top) :])}: {error.strerror}") from error
 
 
 def place(needed: set[str]) -> str:

@@ -1,129 +1,22 @@
-"""Instances, end to end: started in the background, joined, listed, stopped; and nothing of them left behind."""
+"""Instances, end to end: started in the background, listed, stopped; and nothing of them left behind."""
 
 from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from namespace_fixtures import Make
+from instances import HERE, Begin, Run, eventually, inside, listed, log, pid_of
 
 from sciexec import host, instance, options
-from sciexec.errors import HostError, UsageError
+from sciexec.errors import HostError, SciexecError
 
-pytest_plugins = ["run_fixtures"]
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-HERE = os.uname().nodename
-STARTSCRIPT = """#!/bin/sh
-trap 'echo stopped by INT; exit 0' INT
-trap 'echo stopped by TERM; exit 0' TERM
-echo "started $* as $$ of $PPID in $SINGULARITY_INSTANCE by $SINGULARITY_COMMAND"
-echo problem >&2
-cat
-while :; do sleep 0.05; done
-"""
-RUNSCRIPT = """#!/bin/sh
-echo "runs $* by $SINGULARITY_COMMAND"
-exec sleep 1000
-"""
-
-
-@pytest.fixture(scope="module")
-def services(rootfs: Path, make_image: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tree with a startscript and a runscript, as "sif" and "directory"."""
-    tree = tmp_path_factory.mktemp("service") / "tree"
-    subprocess.run(["cp", "-a", rootfs, tree], check=True)
-    scripts = tree / ".singularity.d"
-    (scripts / "env").mkdir(parents=True)
-    (scripts / "env/90-environment.sh").write_text("export FROM_IMAGE=image\n")
-    for name, text in (("startscript", STARTSCRIPT), ("runscript", RUNSCRIPT)):
-        (scripts / name).write_text(text)
-        (scripts / name).chmod(0o755)
-    return {kind: make_image(tree, kind) for kind in ("sif", "directory")}
-
-
-@pytest.fixture
-def service(services: dict[str, Path]) -> Path:
-    return services["directory"]
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    return tmp_path / "config"
-
-
-@pytest.fixture
-def run(sciexec: Run, config: Path, nothing_left: None) -> Iterator[Run]:
-    """sciexec with the instances of this test, which are stopped at its end."""
-
-    def run(*words: str | Path, env: dict[str, str] | None = None, **given: Any) -> subprocess.CompletedProcess[str]:
-        return sciexec(*words, env={"SCIEXEC_CONFIGDIR": str(config), **(env or {})}, **given)
-
-    yield run
-    run("instance", "stop", "--all", "--force")
-
-
-@pytest.fixture
-def begin(sciexec_path: Path, config: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """begin("exec", ...) -> the running process, with pipes."""
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(*words: str | Path) -> subprocess.Popen[str]:
-        started.append(
-            subprocess.Popen(
-                [sciexec_path, *words],
-                env={**os.environ, "SCIEXEC_CONFIGDIR": str(config)},
-                cwd=tmp_path,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return started[-1]
-
-    yield begin
-    for process in started:
-        with process:
-            process.kill()
-
-
-def pid_of(run: Run, name: str) -> int:
-    return int(listed(run, name)[0]["pid"])
-
-
-def listed(run: Run, *words: str) -> list[dict[str, Any]]:
-    done = run("instance", "list", "--json", *words)
-    assert (done.returncode, done.stderr) == (0, "")
-    return list(json.loads(done.stdout)["instances"])
-
-
-def log(config: Path, name: str, suffix: str = "out") -> str:
-    return (config / "instances/logs" / HERE / host.Host().entry[0].decode() / f"{name}.{suffix}").read_text()
-
-
-def eventually(condition: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def inside(run: Run, name: str, script: str, *words: str, **given: Any) -> str:
-    done = run("exec", *words, f"instance://{name}", "sh", "-c", script, **given)
-    assert (done.returncode, done.stderr) == (0, "")
-    return str(done.stdout)
+pytest_plugins = ["run_fixtures", "instance_fixtures"]
 
 
 # --- start ------------------------------------------------------------------------------------------------------------------
@@ -181,6 +74,15 @@ def test_descriptors_of_the_caller_are_not_kept(sciexec_path: Path, run: Run, se
         assert file.read() == ""  # it ends
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_do_no_harm(sciexec_path: Path, run: Run, service: Path, config: Path, tmp_path: Path, closed: str) -> None:
+    line = f"exec {sciexec_path} instance start --pid-file {tmp_path}/pid {service} web {closed}"
+    subprocess.run(["sh", "-c", line], env={**os.environ, "SCIEXEC_CONFIGDIR": str(config)}, cwd=tmp_path, check=True)
+    assert eventually(lambda: log(config, "web", "err"))
+    assert log(config, "web").startswith("started") and log(config, "web", "err") == "problem\n"
+    assert (tmp_path / "pid").read_text() == f"{pid_of(run, 'web')}\n"
+
+
 def test_the_environment_of_the_caller_stays_outside(run: Run, service: Path) -> None:
     run("instance", "start", "--cleanenv", service, "web", env={"SECRET": "secret"})
     assert "secret" not in inside(run, "web", "cat /proc/[12]/environ")
@@ -198,7 +100,7 @@ def test_pid_file(run: Run, service: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a/b", "../x", "..", ".", "a b", "", "\u00e9", "x" * 300, "a\nb"])
 def test_a_bad_name_is_refused(run: Run, service: Path, name: str) -> None:
     done = run("instance", "start", service, name)
-    assert done.returncode == 1
+    assert done.returncode == 255
     assert re.match(r"FATAL: instance name .*: not a valid one\n", done.stderr)
     assert listed(run) == []
 
@@ -253,7 +155,7 @@ def test_a_name_is_taken_once(run: Run, service: Path) -> None:
     assert pid_of(run, "web") == pid
 
 
-def test_of_many_who_start_one_name_one_succeeds(run: Run, begin: Callable[..., subprocess.Popen[str]], service: Path) -> None:
+def test_of_many_who_start_one_name_one_succeeds(run: Run, begin: Begin, service: Path) -> None:
     processes = [begin("instance", "start", service, "web") for _ in range(8)]
     texts = [process.communicate()[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0] + [255] * 7, texts
@@ -262,7 +164,7 @@ def test_of_many_who_start_one_name_one_succeeds(run: Run, begin: Callable[..., 
 
 
 def test_a_record_without_its_process_does_not_count(run: Run, service: Path, config: Path) -> None:
-    """The process id lives, but it is somebody else's by now."""
+    """The process id lives, but it is another process, of another boot, or another user's."""
     run("instance", "start", service, "web")
     directory = config / "instances/app" / HERE / "web"
     (path,) = directory.iterdir()
@@ -271,7 +173,8 @@ def test_a_record_without_its_process_does_not_count(run: Run, service: Path, co
     fields = json.loads(record)
     stale = {**fields, "pid": os.getpid(), "started": instance.start_time(os.getpid()) - 1}
     before = {**fields, "pid": os.getpid(), "started": instance.start_time(os.getpid()), "boot": "another"}
-    for text in (json.dumps(stale), json.dumps(before)):
+    roots = {**fields, "pid": 1, "started": instance.start_time(1)}
+    for text in map(json.dumps, (stale, before, roots)):
         directory.mkdir()
         path.write_text(text)
         assert listed(run) == []
@@ -283,7 +186,7 @@ def test_a_record_without_its_process_does_not_count(run: Run, service: Path, co
         run("instance", "stop", "web")
 
 
-def test_who_removes_a_record_that_was_handed_over_removes_only_that(tmp_path: Path, begin: Callable[..., subprocess.Popen[str]]) -> None:
+def test_who_removes_a_record_that_was_handed_over_removes_only_that(tmp_path: Path, begin: Begin) -> None:
     """The reader is late: it looks at the starting command's record when that has ended and process 1 has one."""
     fields = dict.fromkeys(instance.Instance.FIELDS, "")
     pid, base = os.getpid(), str(tmp_path)
@@ -395,7 +298,7 @@ def test_list_is_what_clients_expect(run: Run, service: Path, config: Path) -> N
     assert table[1:] == [
         f"{name:<13}    {pid:<{width}}          {service}" for name, pid in zip(("database", "web"), pids)
     ]
-    assert run("instance", "list", "d*").stdout.splitlines()[1:] == table[1:2]
+    assert run("instance", "list", "d*").stdout.split()[-3:] == ["database", str(pids[0]), str(service)]
     assert run("instance", "list", "--logs", "web").stdout.split()[-4:] == ["web", str(pids[1]), f"{logs}/web.err", f"{logs}/web.out"]
     assert listed(run, "no*") == []
 
@@ -434,7 +337,8 @@ def test_what_does_not_stop_is_killed(run: Run, service: Path, config: Path) -> 
 def test_stop_by_glob_force_and_all(run: Run, service: Path, config: Path) -> None:
     for name in ("web1", "web2", "db", "mail"):
         run("instance", "start", service, name)
-    assert "stop: either" in run("instance", "stop").stderr
+    done = run("instance", "stop")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "FATAL: instance stop: neither a name nor --all is given")
     assert run("-q", "instance", "stop", "web*").stderr == ""
     assert [found["instance"] for found in listed(run)] == ["db", "mail"]
     assert run("instance", "stop", "-F", "db").returncode == 0
@@ -454,7 +358,7 @@ def test_an_instance_ends_with_its_processes_whatever_the_signal(run: Run, servi
     assert time.monotonic() - begun < 30
 
 
-def test_kill_leaves_nothing(run: Run, begin: Callable[..., subprocess.Popen[str]], services: dict[str, Path]) -> None:
+def test_kill_leaves_nothing(run: Run, begin: Begin, services: dict[str, Path]) -> None:
     """`nothing_left` looks for the server of the image."""
     run("instance", "start", services["sif"], "web")
     pid = pid_of(run, "web")
@@ -486,201 +390,6 @@ def test_other_signals_reach_the_script_alone(run: Run, hostile: Path, config: P
     assert len(listed(run)) == 1
 
 
-# --- join -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("code", [0, 1, 37, 127, 255])
-def test_the_exit_code_is_the_payloads(run: Run, service: Path, code: int) -> None:
-    run("instance", "start", service, "idle")
-    done = run("exec", "instance://idle", "sh", "-c", f"exit {code}")
-    assert (done.returncode, done.stderr) == (code, "")
-
-
-def test_who_joins_lives_in_the_same_namespaces_without_any_rights(run: Run, service: Path) -> None:
-    run("instance", "start", service, "web")
-    pid = pid_of(run, "web")
-    names = ("user", "mnt", "pid", "ipc", "uts", "net", "cgroup")
-    script = "; ".join(f"readlink /proc/self/ns/{name}" for name in names)
-    assert inside(run, "web", script).split() == [os.readlink(f"/proc/{pid}/ns/{name}") for name in names]
-    text = inside(run, "web", "id -u; grep -E '^(Cap|NoNewPrivs)' /proc/self/status; ls /proc/self/fd; echo > /tmp/x && rm /tmp/x")
-    lines = text.split("\n")
-    assert lines[0] == str(os.getuid())
-    fields = dict(line.split(":\t") for line in lines if ":\t" in line)
-    assert fields == {"NoNewPrivs": "1", **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16)}
-
-
-def test_processes_see_each_other_and_the_same_files(run: Run, service: Path) -> None:
-    run("instance", "start", "--contain", "--writable-tmpfs", service, "web")
-    inside(run, "web", "echo 1 > /tmp/one; echo 2 > /opt/two")
-    assert inside(run, "web", "cat /tmp/one /opt/two") == "1\n2\n"
-    assert "/.singularity.d/startscript" in inside(run, "web", "tr '\\0' ' ' < /proc/2/cmdline")
-
-
-@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "KILL"])
-def test_a_signal_to_the_command_is_the_payloads(
-    run: Run, begin: Callable[..., subprocess.Popen[str]], service: Path, name: str
-) -> None:
-    run("instance", "start", service, "idle")
-    number = int(signal.Signals[f"SIG{name}"])
-    process = begin("exec", "instance://idle", "sh", "-c", "echo $$; exec sleep 1000")
-    assert process.stdout
-    inner = process.stdout.readline().strip()
-    process.send_signal(number)
-    assert process.wait(10) == -number
-    assert eventually(lambda: run("exec", "instance://idle", "kill", "-0", inner).returncode == 1)
-
-
-def test_a_payload_killed_by_a_signal_looks_so(run: Run, service: Path) -> None:
-    run("instance", "start", service, "idle")
-    assert run("exec", "instance://idle", "sh", "-c", "kill -ABRT $$").returncode == -signal.SIGABRT
-
-
-def test_streams_pass_through(run: Run, service: Path) -> None:
-    run("instance", "start", service, "idle")
-    text = "".join(f"line {number}\n" for number in range(20000))
-    done = run("exec", "instance://idle", "sh", "-c", "cat; echo error >&2", input=text)
-    assert (done.stdout, done.stderr) == (text, "error\n")
-
-
-def test_a_shell_on_pipes_lasts(run: Run, begin: Callable[..., subprocess.Popen[str]], service: Path) -> None:
-    """As workflow engines keep one for all their commands."""
-    run("instance", "start", service, "idle")
-    shell = begin("exec", "instance://idle", "sh")
-    assert shell.stdin and shell.stdout
-    for number in range(5):
-        shell.stdin.write(f"echo answer {number}; cut -d ' ' -f 5 /proc/1/mountinfo | head -n 1\n")
-        shell.stdin.flush()
-        assert [shell.stdout.readline() for _ in range(2)] == [f"answer {number}\n", "/\n"]
-    shell.stdin.write("exit 7\n")
-    shell.stdin.flush()
-    assert shell.wait(10) == 7
-
-
-def test_nothing_can_be_typed_into_the_terminal(sciexec_path: Path, run: Run, service: Path, config: Path) -> None:
-    run("instance", "start", service, "idle")
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ["SCIEXEC_CONFIGDIR"] = str(config)
-        os.execv(sciexec_path, ["sciexec", "exec", "instance://idle", "sh", "-c", "test -t 0 && grep ^Seccomp: /proc/self/status; exit 7"])
-    shown = b""
-    try:
-        while more := os.read(terminal, 1000):
-            shown += more
-    except OSError:  # EIO: the other side is closed
-        pass
-    assert shown.split() == [b"Seccomp:", b"2"]
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
-def test_the_environment_is_that_of_a_run(run: Run, service: Path) -> None:
-    run("instance", "start", "--env", "OF=start", service, "web", env={"HOST": "start"})
-    env = {"HOST": "join", "SINGULARITYENV_X": "x"}
-    lines = inside(run, "web", "env", "--env", "A=1", env=env).splitlines()
-    assert {"HOST=join", "X=x", "A=1", "FROM_IMAGE=image", "SINGULARITY_INSTANCE=web", "SINGULARITY_COMMAND=exec"} <= set(lines)
-    assert not any(line.startswith("OF=") for line in lines)
-    assert "HOST=join" not in inside(run, "web", "env", "--cleanenv", env=env).splitlines()
-    assert "SINGULARITY_INSTANCE=" not in run("exec", service, "env").stdout
-
-
-def test_home_and_working_directory(run: Run, service: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    run("instance", "start", "--home", f"{tmp_path}/mine:/elsewhere/home", "--contain", service, "web")
-    assert inside(run, "web", 'echo "$HOME"; pwd') == "/elsewhere/home\n/elsewhere/home\n"
-    assert inside(run, "web", "pwd", "--pwd", "/usr/lib") == "/usr/lib\n"
-    done = run("exec", "--pwd", "/no/such", "instance://web", "pwd")
-    assert (done.returncode, done.stderr) == (255, "FATAL: changing to /no/such inside the container: No such file or directory\n")
-    run("instance", "start", service, "open")
-    assert inside(run, "open", "pwd", cwd=tmp_path / "mine") == f"{tmp_path}/mine\n"
-    place = Path(f"/dev/shm/sciexec-{os.getpid()}")  # made later than the instance, and not in the image
-    run("instance", "start", "--contain", "--home", str(tmp_path), service, "closed")
-    place.mkdir()
-    try:
-        done = run("exec", "instance://closed", "pwd", cwd=place)
-        assert (done.stdout, done.stderr) == (f"{tmp_path}\n", "")
-    finally:
-        place.rmdir()
-    done = run("exec", "instance://open", "pwd", cwd=Path("/opt"))
-    assert (done.stdout, done.stderr) == ("/opt\n", "")
-
-
-def test_a_working_directory_that_the_instance_lacks(run: Run, hostile: Path) -> None:
-    (hostile / "opt").rmdir()
-    run("instance", "start", hostile, "web")
-    done = run("exec", "instance://web", "pwd", cwd=Path("/opt"))
-    home = host.Host().home
-    assert (done.stdout, done.stderr) == (f"{home}\n", f"WARNING: /opt is not in the container; starting in {home}\n")
-
-
-def test_run_and_shell_and_test_join_too(run: Run, services: dict[str, Path]) -> None:
-    run("instance", "start", services["sif"], "web")
-    done = run("shell", "instance://web", input="echo in $SINGULARITY_NAME\n")
-    assert done.stdout == f"in {services['sif'].name}\n"
-    assert run("run", "instance://web", "x", env={"SINGULARITYENV_PATH": "/none"}).stdout == "runs x by run\n"  # and finds no sleep
-    assert run("test", "instance://web").returncode == run("test", services["sif"]).returncode
-
-
-def test_the_image_may_be_gone_by_then(run: Run, services: dict[str, Path], tmp_path: Path) -> None:
-    image = tmp_path / "copy.sif"
-    image.write_bytes(services["sif"].read_bytes())
-    run("instance", "start", image, "web")
-    image.unlink()
-    assert inside(run, "web", "echo $FROM_IMAGE") == "image\n"
-
-
-@pytest.mark.parametrize("words", [["--contain"], ["--no-home"]])
-def test_a_restriction_that_the_instance_lacks_is_fatal(run: Run, service: Path, words: list[str]) -> None:
-    run("instance", "start", service, "free")
-    done = run("exec", *words, "instance://free", "true")
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"FATAL: {words[0]} cannot be given to a process that joins instance free: it was started without\n")
-    run("instance", "start", *words, service, "bound")
-    done = run("exec", *words, "instance://bound", "true")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_an_addition_that_the_instance_lacks_is_left_out_with_a_word(run: Run, service: Path, data: Path) -> None:
-    run("instance", "start", "-B", f"{data}:/mnt", service, "idle")
-    done = run("exec", "-B", f"{data}:/mnt", "--pid", "--userns", "instance://idle", "cat", "/mnt/file")
-    assert (done.stdout, done.stderr) == ("host's\n", "")
-    done = run("exec", "-B", f"{data}:/opt", "--writable-tmpfs", "instance://idle", "ls", "/opt")
-    assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "".join(
-        f"INFO:    {name} is ignored: instance idle was started without\n" for name in ("--bind", "--writable-tmpfs")
-    )
-    assert run("-q", "exec", "-B", f"{data}:/opt", "instance://idle", "true").stderr == ""
-
-
-def test_an_instance_that_is_not_there(run: Run) -> None:
-    for name in ("nosuch", "../x", "a b", ""):
-        done = run("exec", f"instance://{name}", "true")
-        assert (done.returncode, done.stderr.splitlines()[0]) == (255, f"FATAL: no instance found with name {name}")
-
-
-def test_a_command_that_is_not_there(run: Run, service: Path) -> None:
-    run("instance", "start", service, "idle")
-    done = run("exec", "instance://idle", "no-such-command")
-    assert (done.returncode, done.stderr) == (255, 'FATAL: "no-such-command": executable file not found in $PATH\n')
-
-
-# --- stats ------------------------------------------------------------------------------------------------------------------
-
-
-def test_stats(run: Run, service: Path) -> None:
-    run("instance", "start", service, "web")
-    inside(run, "web", "(i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done) & wait; (exec sleep 1000) >/dev/null 2>&1 </dev/null &")
-    found = json.loads(run("instance", "stats", "--json", "web").stdout)
-    usage = found["cpu_stats"]["cpu_usage"]
-    assert usage["total_usage"] == usage["usage_in_usermode"] + usage["usage_in_kernelmode"]
-    memory = found["memory_stats"]["usage"]
-    assert 100_000 < memory["usage"] < memory["limit"]
-    assert found["pids_stats"]["current"] >= 3
-    assert [entry["op"] for entry in found["blkio_stats"]["io_service_bytes_recursive"]] == ["Read", "Write"]
-    head, row = run("instance", "stats", "--no-stream", "web").stdout.splitlines()
-    assert re.split(" {2,}", head) == ["INSTANCE NAME", "CPU USAGE", "MEM USAGE / LIMIT", "MEM %", "BLOCK I/O", "PIDS"]
-    assert re.fullmatch(r"web +\d+\.\d\d% +\S+B / \S+B +\d+\.\d\d% +\S+B / \S+B +\d+", row)
-    assert run("instance", "stats", "nosuch").returncode == 255
-
-
 # --- the command line -------------------------------------------------------------------------------------------------------
 
 
@@ -696,5 +405,5 @@ def test_the_fast_reader_knows_instances() -> None:
 
 def test_names_are_checked_as_they_are() -> None:
     assert instance.check_name("a.B-_9") == "a.B-_9"
-    with pytest.raises(UsageError):
+    with pytest.raises(SciexecError):
         instance.check_name("a\n")

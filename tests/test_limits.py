@@ -275,6 +275,31 @@ def test_the_group_stays_as_long_as_one_of_its_processes(sciexec_path: Path, del
 
 
 @pytest.mark.root
+def test_who_joins_an_instance_is_in_its_group(sciexec_path: Path, delegated: Path, limited: list[str], need: Need) -> None:
+    """From the group in which it was started; from another, which is not USER's, nobody joins without the limits."""
+    _, *options, image = limited
+    env = {**os.environ, "SCIEXEC_CONFIGDIR": f"/tmp/sciexec-limits-config-{os.getpid()}"}
+    os.makedirs(env["SCIEXEC_CONFIGDIR"])
+    os.chown(env["SCIEXEC_CONFIGDIR"], USER, USER)
+
+    def run(group: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        command = within(group, need, sciexec_path, "-q", *words)
+        return subprocess.run(command, env=env, capture_output=True, text=True, cwd="/", check=False)
+
+    try:
+        done = run(delegated, "instance", "start", *options, image, "web")
+        assert (done.returncode, done.stderr) == (0, "")
+        done = run(delegated, "exec", "instance://web", "sh", "-c", SHOW)
+        group, *values = done.stdout.split()
+        assert (group.startswith(f"/{delegated.name}/sciexec-"), values, done.stderr) == (True, ["7", "5"], "")
+        done = run(delegated.parent, "exec", "instance://web", "true")
+        assert done.returncode == 255
+        assert done.stderr.startswith("FATAL: joining instance web: its limits cannot be had here: Permission denied\n")
+    finally:
+        assert run(delegated, "instance", "stop", "-F", "web").returncode == 0
+
+
+@pytest.mark.root
 def test_a_limit_that_the_kernel_refuses_leaves_nothing(sciexec_path: Path, delegated: Path, limited: list[str], need: Need) -> None:
     file = Path(limited[2])
     file.write_text('[unified]\n"cgroup.max.depth" = "few"\n')
