@@ -37,6 +37,7 @@ MAGIC = b"sciexec-start 1\0"
 LARGEST_START = 4 << 20  # bytes; execve(2) takes a quarter of the stack's limit, 2 MiB where nobody changed it
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LONGEST_BOUND = 120_000  # bytes of the variable that tells the binds, of which a run may have thousands; execve(2) takes 131072
 LIBRARIES = "/.singularity.d/libs"  # where host libraries are bound
 SCRIPTS = "/.singularity.d/env"
 TEST = "/.singularity.d/test"
@@ -357,13 +358,16 @@ def plan(
     if "/" in app or app in (".", ".."):
         raise UsageError(f"--app {escaped(app)}: not the name of an application", "`sciexec inspect --list-apps IMAGE` lists them")
     known = name(program)
+    bound = ",".join(binds)
+    if len(os.fsencode(bound)) > LONGEST_BOUND:
+        bound = ""
     user = wishes(host, env)
     own = {"HOME": home}
     for prefix in known.prefixes:
         own[f"{prefix}_CONTAINER"] = image
         own[f"{prefix}_NAME"] = image.rpartition("/")[2]
         if prefix != "SCIEXEC":
-            own[f"{prefix}_BIND"] = ",".join(binds)
+            own[f"{prefix}_BIND"] = bound
             own[f"{prefix}_ENVIRONMENT"] = f"{SCRIPTS}/91-environment.sh"
             own[f"{prefix}_COMMAND"] = verb
             if instance:
