@@ -32,6 +32,7 @@ test     psmisc                 psmisc
 test     strace                 strace
 test     zsh                    zsh
 test     fish                   fish
+test     mpich                  mpich
 '
 
 list=

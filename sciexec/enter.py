@@ -62,16 +62,12 @@ class Plan:
 
     def describe(self) -> str:
         """The plan, one line for each step, in the order of its execution."""
-        return "\n".join(
-            [
-                *self.isolation.describe_outer(),
-                *self.layers.describe(),
-                *(operation.describe() for operation in self.mounts),
-                *self.isolation.describe_inner(),
-                f"cwd {' or '.join(map(escaped, self.cwd))}",
-                self.payload.describe(),
-            ]
-        )
+        return "\n".join([self.describe_container(), f"cwd {' or '.join(map(escaped, self.cwd))}", self.payload.describe()])
+
+    def describe_container(self) -> str:
+        """What of it makes the container; the rest is the payload's own."""
+        mounts = (operation.describe() for operation in self.mounts)
+        return "\n".join([*self.isolation.describe_outer(), *self.layers.describe(), *mounts, *self.isolation.describe_inner()])
 
 
 SIGPIPE, SIGXFSZ = 13, 25

@@ -92,6 +92,7 @@ LANDLOCK_CREATE_RULESET_VERSION = 1
 
 # Calls that C libraries lack or learned late.  From 424 on a call has the same number on every architecture.
 CLOSE_RANGE = 436
+PIDFD_OPEN = 434
 OPENAT2 = 437
 MOUNT_SETATTR = 442
 LANDLOCK_CREATE_RULESET = 444
@@ -149,6 +150,20 @@ def unshare(flags: int) -> None:
 
 def setns(fd: int, flags: int) -> None:
     _call("setns", fd, flags)
+
+
+def pidfd_open(pid: int) -> int:
+    """A descriptor of a process, readable when it has ended; pidfd_open(2), Linux 5.3."""
+    return _call("syscall", PIDFD_OPEN, pid, 0)
+
+
+def has_pidfd() -> bool:
+    """Whether pidfd_open(2) can be called here."""
+    try:
+        os.close(pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 def owner(fd: int) -> int:

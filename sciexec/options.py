@@ -136,6 +136,8 @@ OPTIONS = (
     Option("no_pid", "--no-pid", FLAG, "the host's process ids, in spite of --containall", "NO_PID"),
     Option("no_init", "--no-init", FLAG, "with --pid: the command itself is process 1", "NOSHIMINIT NO_INIT"),
     Option("ipc", "--ipc -i", FLAG, "own System V IPC and POSIX message queues", "IPC UNSHARE_IPC"),
+    Option("share", "--share", VALUE, "one container for all ranks of a node: auto, off, step or job [auto]", "SHARE", metavar="WHOM"),
+    Option("sharens", "--sharens", FLAG, "the same as --share step", "SHARENS"),
     Option("uts", "--uts", FLAG, "own host name", "UTS UNSHARE_UTS"),
     Option("hostname", "--hostname", VALUE, "own host name, this one", "HOSTNAME", metavar="NAME"),
     Option("net", "--net -n", FLAG, "own network: with --network none, the loopback alone", "NET UNSHARE_NET"),
@@ -187,7 +189,6 @@ OPTIONS = (
         --rocm | ROCM
         --compat32 | COMPAT32
         --intel-hpu | INTEL_HPU
-        --sharens | SHARENS
         --docker-login | DOCKER_LOGIN
     """),
     *_others(LATER, VALUE, """
@@ -241,6 +242,7 @@ class Options:
         env: (name, value) in the order given.  env_files: absolute paths.  no_env: names.
         no_mount: names and absolute paths.  scratch: absolute paths inside.  workdir: absolute or None.
         overlays: (absolute path, read-only), the lowest first.
+        share: auto, off, step or job.
         tmpfs_size: in bytes, 0 for the kernel's default.
         net: whether the payload gets a network of its own, which is its loopback.
         uid, gid: who to be inside, None for the caller's own.
@@ -255,8 +257,8 @@ class Options:
         "add_caps", "app", "apply_cgroups", "arch", "argv", "authfile", "binds", "cleanenv", "compat", "contain", "containall",
         "cwd", "data", "debug", "disable_cache", "dns", "drop_caps", "env", "env_files", "fakeroot", "fusemounts", "gid", "home",
         "hostname", "image", "ipc", "limits", "name", "net", "no_env", "no_eval", "no_home", "no_https", "no_init", "no_mount", "no_pid",
-        "no_privs", "no_umask", "nocolor", "overlays", "pid", "pid_file", "program", "quiet", "scratch", "shell", "tmpfs_size", "uid",
-        "unsquash", "uts", "verb", "verbose", "workdir", "writable", "writable_tmpfs",
+        "no_privs", "no_umask", "nocolor", "overlays", "pid", "pid_file", "program", "quiet", "scratch", "share", "sharens", "shell",
+        "tmpfs_size", "uid", "unsquash", "uts", "verb", "verbose", "workdir", "writable", "writable_tmpfs",
     )  # fmt: skip
 
     program: str
@@ -272,6 +274,8 @@ class Options:
     cwd: str | None
     workdir: str | None
     scratch: list[str]
+    share: str
+    sharens: bool
     cleanenv: bool
     env: list[tuple[str, str]]
     env_files: list[str]
@@ -469,6 +473,7 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
     options.overlays = [spelling.overlay(word) for word in words(*texts("overlay"))]
     size = text("tmpfs_size")
     options.tmpfs_size = spelling.size("--tmpfs-size", size) if size else 0
+    options.share = spelling.share(text("share") or ("step" if options.sharens else "auto"))
     hostname = text("hostname")
     options.hostname = spelling.hostname(hostname) if hostname else None
     options.uts = options.uts or bool(options.hostname)

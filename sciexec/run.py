@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from sciexec import enter, environment, isolation, mounts, overlay, sif, sources
+from sciexec import enter, environment, isolation, mounts, mpi, overlay, sif, sources
 from sciexec import host as hosts
 from sciexec.enter import Plan
 from sciexec.errors import HostError, escaped
@@ -130,5 +130,15 @@ def run(options: Options, image: Image, host: Host) -> NoReturn:
     made = plan(options, image, host)
     if options.debug:
         sources.tell(made.describe())
-    enter.enter(made)
+    if is_shared(options, host):
+        from sciexec import share
+
+        share.enter_shared(made, share.address(options, made, image, host))
+    else:
+        enter.enter(made)
     made.payload.execute()
+
+
+def is_shared(options: Options, host: Host) -> bool:
+    """Whether the ranks of this node shall have one container; one with process ids of its own ends with one process, and is not shared."""
+    return not options.pid and (options.share in ("step", "job") or (options.share == "auto" and mpi.local_size(host.environment) > 1))

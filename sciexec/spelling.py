@@ -210,6 +210,16 @@ def security(given: list[str]) -> tuple[int | None, int | None]:
     return found["uid"], found["gid"]
 
 
+SHARE = ("auto", "off", "step", "job")
+
+
+def share(text: str) -> str:
+    """With whom a container is shared."""
+    if text not in SHARE:
+        raise UsageError(f"--share {escaped(text)}: with nobody of that name", f"one of {', '.join(SHARE)}")
+    return text
+
+
 def capability(text: str) -> str:
     """The name of a capability as capabilities(7) has it, in lower case and without "cap_"."""
     name = text.strip().lower().removeprefix("cap_")

@@ -227,6 +227,7 @@ THEMES = {
     "Isolation": "isolation",
     "Writing into the image": "overlays",
     "Devices": "devices",
+    "MPI": "mpi",
     "Limits": "limits isolation",
     "Instances": "instances",
     "Where IMAGE is a URI": "run",

@@ -14,8 +14,8 @@ import sciexec
 # Ours, and what they bring with them beyond a bare `python3 -IS`.
 OURS = {
     "sciexec", "sciexec.__main__", "sciexec.assignments", "sciexec.enter", "sciexec.environment", "sciexec.errors", "sciexec.host",
-    "sciexec.image", "sciexec.isolation", "sciexec.kernel", "sciexec.mounts", "sciexec.options", "sciexec.overlay", "sciexec.run",
-    "sciexec.sif", "sciexec.scripts", "sciexec.sources", "sciexec.spelling", "sciexec.squashfs",
+    "sciexec.image", "sciexec.isolation", "sciexec.kernel", "sciexec.mounts", "sciexec.mpi", "sciexec.options", "sciexec.overlay",
+    "sciexec.run", "sciexec.sif", "sciexec.scripts", "sciexec.sources", "sciexec.spelling", "sciexec.squashfs",
 }  # fmt: skip
 LIBRARY = {"__future__", "_ctypes", "_struct", "errno", "gc", "struct"}
 BARE = {

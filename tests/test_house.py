@@ -20,7 +20,7 @@ LEFTOVERS = {"build", "dist", "sciexec.egg-info", "__pycache__"}
 # Ground floor first.
 SCIEXEC = """
     __init__ errors kernel squashfs sif _pysquashfs_build unsquashfs pysquashfs elf image spelling options scripts assignments environment
-    host sources mounts overlay sinit limits isolation gpu mpi share relay enter data run instance stats launch join inspect doctor
+    host sources mounts overlay sinit limits isolation gpu mpi enter share relay data run instance stats launch join inspect doctor
     switch completion help cli __main__
 """.split()
 CONVERT = """
@@ -34,10 +34,10 @@ FLOORS += ["sciexec.cli", "sciexec.__main__"]
 # What a run may load: its start is the product's first budget (bare interpreter 9 ms; re, json or typing would add as much again).
 HOT = """
     __init__ __main__ errors kernel squashfs sif image sources spelling options scripts assignments environment host mounts overlay
-    isolation enter run
+    isolation mpi enter run
 """.split()
 HOT_LIBRARY = {"__future__", "gc", "sys", "os", "posixpath", "struct", "_struct", "errno", "stat", "_stat", "_ctypes", "time", "signal",
-               "socket", "_socket", "posix", "fcntl", "pwd", "grp", "resource", "select"}
+               "socket", "_socket", "_sha2", "_sha256", "posix", "fcntl", "pwd", "grp", "resource", "select"}
 
 
 def rooms(package: str) -> list[Path]:

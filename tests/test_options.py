@@ -132,6 +132,7 @@ GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fuse
 VALUES = {
     "bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"],
     "home": ["/h", "/h:/i"],
+    "share": ["off", "step"],
     "env": ["A=1", "A=1,B=2"],
     "hostname": ["box", "node-1.example.org"],
     "network": ["none"],
