@@ -35,7 +35,6 @@ test     fuse-overlayfs         fuse-overlayfs
 test     e2fsprogs              e2fsprogs
 test     mpich                  mpich
 test     procps                 procps-ng
-test     psmisc                 psmisc
 test     zsh                    zsh
 test     fish                   fish
 '

@@ -106,7 +106,6 @@ def payload(options: Options, image: str, start: bytes, host: Host, home: str) -
         no_eval=options.no_eval,
         env=env,
         binds=[bind.target for bind in options.binds],  # a path of the image's own scripts in it makes them count
-        bound=options.bound if len(options.bound) < LONGEST else "",
         shell=options.shell,
         app=options.app or "",
         instance=options.name,

@@ -83,8 +83,9 @@ static void fill(const squashfs_inode *inode, struct fuse_attr *attr)
 	attr->atime = attr->mtime = attr->ctime = inode->mtime;
 	attr->mode = inode->mode;
 	attr->nlink = inode->links;
-	attr->uid = inode->uid;
-	attr->gid = inode->gid;
+	/* Everything is root's: of all users only root, who is the caller, is mapped into the namespace that mounts.  Whatever
+	 * is somebody else's could be read, but no overlay could copy it (EOVERFLOW). */
+	attr->uid = attr->gid = 0;
 	attr->rdev = inode->device;
 	attr->blksize = squashfs_block_size(image);
 }
