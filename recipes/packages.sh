@@ -30,6 +30,9 @@ test     openssl                openssl
 test     busybox-static         busybox
 test     psmisc                 psmisc
 test     strace                 strace
+test     -                      libasan
+test     -                      libubsan
+test     -                      libtsan
 '
 
 list=
