@@ -98,7 +98,8 @@ def servers() -> set[int]:
         if entry.name.isdigit():
             try:
                 name = (entry / "cmdline").read_bytes().partition(b"\0")[0]
-                if entry.stat().st_uid == os.getuid() and name in (b"squashfuse_ll", b"sciexec-fuse") and " Z " not in (entry / "stat").read_text():
+                ours = entry.stat().st_uid == os.getuid() and name in (b"squashfuse_ll", b"sciexec-fuse")
+                if ours and " Z " not in (entry / "stat").read_text():
                     found.add(int(entry.name))
             except OSError:
                 pass

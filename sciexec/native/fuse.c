@@ -294,8 +294,8 @@ static int answer(const struct fuse_in_header *in, uint8_t *out)
 
 /* ---- threads -------------------------------------------------------------------------------------------------------------------- */
 
-/* Takes requests until the file system is gone.  Whoever takes the last free thread's place starts another one, up to one for
-   each CPU: a single program is served by a single thread, and costs no more. */
+/* Takes requests until the file system is gone.  Who was the last one free starts another one, up to one for each CPU: as many
+   as there was ever work for at once, and one to spare. */
 static void *serve(void *unused)
 {
 	union { struct fuse_in_header header; uint8_t bytes[REQUEST_SIZE]; } *request = malloc(sizeof *request);
