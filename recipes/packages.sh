@@ -37,6 +37,9 @@ test     mpich                  mpich
 test     procps                 procps-ng
 test     zsh                    zsh
 test     fish                   fish
+test     -                      libasan
+test     -                      libubsan
+test     -                      libtsan
 '
 
 list=

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sciexec.options import Options
 
 START = "sciexec.start"  # the SIF object that holds the image's environment and command
-LONGEST = 120_000  # bytes of the variable that tells the binds; execve takes 131072
 
 # What a name of --no-mount leaves out; cwd, devpts and home are no fixed places, and hostfs is not mounted anyway.
 NO_MOUNT = {
