@@ -222,9 +222,9 @@ def test_what_is_not_run_says_why(page: Path) -> None:
 
 # The pages of docs/ in which an option of a theme is explained, by the headings of `sciexec run --help`.
 THEMES = {
-    "Files of the host": "binds data run",
+    "Files of the host": "binds data overlays run",
     "Environment": "environment run",
-    "Isolation": "isolation",
+    "Isolation": "isolation binds",
     "Writing into the image": "overlays",
     "Devices": "devices",
     "MPI": "mpi",
