@@ -118,7 +118,7 @@ class Supervisor:
         init: whether it will be sinit.
     """
 
-    __slots__ = ("child", "init", "reported", "status", "tell")
+    __slots__ = ("arriving", "child", "init", "reported", "status", "tell")
 
     def __init__(self, child: int, tell: int, reported: int, *, init: bool) -> None:
         self.child, self.tell, self.reported, self.init = child, tell, reported, init
@@ -136,7 +136,7 @@ class Supervisor:
         if os.read(self.reported, len(READY)):  # nothing where process 1 has failed, and has said so
             kernel.prctl(kernel.PR_SET_NAME, b"sciexec")
             kernel.sigprocmask(kernel.SIG_BLOCK, kernel.ALL_SIGNALS)
-            arriving = kernel.signalfd(kernel.ALL_SIGNALS)
+            arriving = self.arriving = kernel.signalfd(kernel.ALL_SIGNALS)
             self.forward(START)
             self.reap()  # who has ended by now sends no signal any more
             poll = select.poll()
@@ -190,6 +190,10 @@ class Supervisor:
             return
         raise_signal(os.WSTOPSIG(status))
         kernel.sigprocmask(kernel.SIG_BLOCK, kernel.ALL_SIGNALS)
+        # SIGCONT let us go on, and the payload shall; where another stop came right behind it, the kernel has forgotten it
+        arrived = signals(self.arriving)
+        known = any(number == SIGCONT for number, _ in arrived)
+        self.signalled(arrived if known else [(SIGCONT, 0), *arrived])
 
     def end(self, status: int) -> NoReturn:
         """End as the payload did."""

@@ -268,7 +268,7 @@ def test_a_controller_is_turned_on(sciexec_path: Path, delegated: Path, limited:
 
 @pytest.mark.root
 def test_the_group_stays_as_long_as_one_of_its_processes(sciexec_path: Path, delegated: Path, limited: list[str], need: Need) -> None:
-    command = within(delegated, need, sciexec_path, *limited, "sh", "-c", "sleep 1 & echo ready")
+    command = within(delegated, need, sciexec_path, *limited, "sh", "-c", "sleep 3 >/dev/null 2>&1 & echo ready")
     assert subprocess.run(command, capture_output=True, cwd="/", check=False).returncode == 0
     (group,) = delegated.glob("sciexec-*")
     assert "populated 1" in (group / "cgroup.events").read_text()
