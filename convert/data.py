@@ -64,7 +64,9 @@ def add(path: str, directory: str, settings: Settings, progress: Progress, *, na
             build.copy(fd, 0, status.st_size, output.fd, 0, path)
             offset = -(-status.st_size // sif.PARTITION_ALIGNMENT) * sif.PARTITION_ALIGNMENT
             size = _pack(directory, output.fd, offset, created, settings)
-            sif.append_data(output.fd, parsed, (offset, size), name=name, created=created)
+            sif.add_partition(
+                output.fd, parsed, (offset, size), fs=sif.FS_SQUASHFS, parttype=sif.PART_DATA, created=created, name=name, apart=True
+            )
             os.fchmod(output.fd, status.st_mode & 0o777)
         except OSError as error:
             raise HostError(f"writing {path}: {error.strerror}") from error

@@ -418,51 +418,32 @@ class Builder:
         return bytes(uuid)
 
 
-def append_data(fd: int, sif: Sif, extent: tuple[int, int], *, name: str, created: int) -> None:
-    """Describe a SquashFS, whose bytes are at the end of the file already, as a data partition: its descriptor first, the header last.
-
-    Nothing that a signature covers is changed: the partition has a group of its own, to be signed by itself.
-
-    Arguments:
-        fd: the file, open for writing.  sif: what `read` said of it.
-        extent: offset and size in bytes.  name: at most 127 bytes in UTF-8.  created: seconds since 1970.
-    Raises ImageError where the table is full, OSError.
-    """
-    offset, size = extent
-    taken = {descriptor.id for descriptor in sif.descriptors}
-    number = next((number for number in range(1, sif.total + 1) if number not in taken), 0)
-    if not number:
-        raise ImageError(f"adding to {sif.name}: all of its {sif.total} descriptors are in use")
-    group = max((descriptor.group for descriptor in sif.descriptors), default=0) + 1
-    head = PARTITION, 1, number, GROUP_MASK | group, 0
-    padded_size = offset + size - sif.data_offset - sif.data_size
-    times = created, created
-    extra = PARTITION_EXTRA.pack(FS_SQUASHFS, PART_DATA, b"00\0")
-    raw = DESCRIPTOR.pack(*head, offset, size, padded_size, *times, 0, 0, name.encode("utf-8", "surrogateescape"), extra)
-    _write(fd, raw, sif.table_offset + (number - 1) * DESCRIPTOR.size)
-    header = bytearray(os.pread(fd, HEADER.size, 0))
-    counts = created, sif.free - 1, sif.total, sif.table_offset, sif.table_size, sif.data_offset, offset + size - sif.data_offset
-    header[72:] = struct.pack("<7q", *counts)  # modified and all behind it
-    _write(fd, bytes(header), 0)
-
-
-def add_partition(fd: int, sif: Sif, extent: tuple[int, int], *, fs: int, parttype: int, created: int) -> int:
+def add_partition(
+    fd: int, sif: Sif, extent: tuple[int, int], *, fs: int, parttype: int, created: int, name: str = "", apart: bool = False
+) -> int:
     """Describe a file system that lies behind the last object already, and give back the id of the new object.
 
     First the descriptor, then the header, each on the disk before the next is written: the table says itself which of its
     slots are in use, so a reader finds the whole partition or none.  OSErrors are passed on: the caller knows the path.
 
     Arguments:
-        fd: the file, open for reading and writing.  sif: what was read of it, with a free slot in its table.
+        fd: the file, open for reading and writing.  sif: what was read of it.
         extent: (offset, size) in bytes; the file ends there.  created: seconds since 1970.
+        name: at most 127 bytes in UTF-8.
+        apart: in a group of its own, to be signed by itself; a signature of the other objects then stays what it is.
+    Raises ImageError where the table is full.
     """
+    if not sif.free or len(sif.descriptors) == sif.total:
+        raise ImageError(f"adding to {sif.name}: all of its {sif.total} descriptors are in use")
     slots = os.pread(fd, sif.total * DESCRIPTOR.size, sif.table_offset)[4 :: DESCRIPTOR.size]
     slot = slots.index(0)
     arch = os.pread(fd, 3, HEADER_ARCH)
     end = max((descriptor.offset + descriptor.size for descriptor in sif.descriptors), default=sif.data_offset)
     padded_size = extent[0] - end + extent[1]
-    head = PARTITION, 1, slot + 1, GROUP_MASK | 1, 0
-    raw = DESCRIPTOR.pack(*head, *extent, padded_size, created, created, 0, 0, b"", PARTITION_EXTRA.pack(fs, parttype, arch))
+    group = max((descriptor.group for descriptor in sif.descriptors), default=0) + 1 if apart else 1
+    head = PARTITION, 1, slot + 1, GROUP_MASK | group, 0
+    raw_name, extra = name.encode("utf-8", "surrogateescape"), PARTITION_EXTRA.pack(fs, parttype, arch)
+    raw = DESCRIPTOR.pack(*head, *extent, padded_size, created, created, 0, 0, raw_name, extra)
     _write(fd, raw, sif.table_offset + slot * DESCRIPTOR.size)
     os.fsync(fd)
     numbers = struct.pack("<qq", created, sif.free - 1), struct.pack("<q", extent[0] + extent[1] - sif.data_offset)

@@ -336,6 +336,17 @@ def test_what_is_no_sif_takes_no_data(sciexec: Command, dataset: Path, packed: d
         assert len(done.stderr.splitlines()) <= 2 and "itself failed" not in done.stderr
 
 
+def test_a_full_table_takes_no_more(sciexec: Command, workflow: Path, dataset: Path) -> None:
+    with open(workflow, "rb+") as file:
+        for slot in range(1, sif.SLOTS):
+            file.seek(sif.TABLE_OFFSET + slot * sif.DESCRIPTOR.size)
+            file.write(sif.DESCRIPTOR.pack(sif.GENERIC, 1, slot + 1, sif.GROUP_MASK | 1, 0, 32176, 0, 0, 0, 0, 0, 0, b"", b""))
+    before = workflow.read_bytes()
+    done = sciexec("data", "add", "-q", workflow, dataset)
+    assert (done.returncode, done.stderr) == (255, f"FATAL: adding to {workflow}: all of its 48 descriptors are in use\n")
+    assert workflow.read_bytes() == before
+
+
 @pytest.mark.parametrize("call", ["fsync", "linkat", "rename,renameat,renameat2"])
 def test_a_kill_at_any_moment_leaves_the_image_whole(
     sciexec: Command, sciexec_path: Path, workflow: Path, dataset: Path, need: Need, tmp_path: Path, call: str
