@@ -130,7 +130,6 @@ GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fuse
 
 # values of options that do not take any text
 VALUES = {
-    "share": ["step", "off"],
     "bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"],
     "mount": ["type=bind,src=/a,dst=/b", 'src=/a,"dst=/b,c",ro'],
     "data": ["/a", "/a:/b,c"],
@@ -153,7 +152,6 @@ VALUES = {
     "cpuset_mems": ["0"],
     "pids_limit": ["100"],
     "blkio_weight": ["500"],
-    "share": ["step", "off"],
     "overlay": ["/a", "/a:ro,b"],
     "tmpfs_size": ["1m", "4096"],
     "fusemount": ["host:a b /c"],
