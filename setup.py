@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 SERVER = [f"sciexec/native/{name}.c" for name in ("fuse", "squashfs", "data", "decompress")]
+HARDENING = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]  # it reads what strangers made
 
 
 class BuildPrograms(build_ext):
@@ -27,8 +28,10 @@ class BuildPrograms(build_ext):
         super().build_extensions()
         directory = os.path.dirname(self.get_ext_fullpath("sciexec._"))
         try:
-            objects = self.compiler.compile(SERVER, output_dir=self.build_temp, extra_postargs=["-std=gnu11", "-O2"])
-            self.compiler.link_executable(objects, "sciexec-fuse", output_dir=directory, libraries=["pthread", "dl"])
+            objects = self.compiler.compile(SERVER, output_dir=self.build_temp, extra_postargs=["-std=gnu11", "-O2", *HARDENING, "-fPIE"])
+            self.compiler.link_executable(
+                objects, "sciexec-fuse", output_dir=directory, libraries=["pthread", "dl"], extra_postargs=["-pie", "-Wl,-z,relro,-z,now"]
+            )
         except (CompileError, LinkError) as error:
             print(f"warning: sciexec-fuse was not built: {error}", file=sys.stderr)
 

@@ -35,9 +35,11 @@ test     fuse-overlayfs         fuse-overlayfs
 test     e2fsprogs              e2fsprogs
 test     mpich                  mpich
 test     procps                 procps-ng
-test     psmisc                 psmisc
 test     zsh                    zsh
 test     fish                   fish
+test     -                      libasan
+test     -                      libubsan
+test     -                      libtsan
 '
 
 list=

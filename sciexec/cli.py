@@ -371,7 +371,7 @@ def build(out: str, spec: str, sandbox: bool, as_data: bool, settings: Settings,
 
 @commands.group("data", cls=Group)
 def data_sets() -> None:
-    """Pack data sets: a directory of many files becomes one file, which a run shows with --data or --bind."""
+    """Pack data sets: a directory of many files becomes one file, which --data shows."""
 
 
 @data_sets.command("package")

@@ -37,6 +37,7 @@ MAGIC = b"sciexec-start 1\0"
 LARGEST_START = 4 << 20  # bytes; execve(2) takes a quarter of the stack's limit, 2 MiB where nobody changed it
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LONGEST_BOUND = 120_000  # bytes of the variable that tells the binds, of which a run may have thousands; execve(2) takes 131072
 LIBRARIES = "/.singularity.d/libs"  # where host libraries are bound
 SCRIPTS = "/.singularity.d/env"
 TEST = "/.singularity.d/test"
@@ -336,7 +337,6 @@ def plan(
     no_eval: bool = False,
     env: Sequence[tuple[str, str]] = (),
     binds: Sequence[str] = (),
-    bound: str = "",
     shell: str | None = None,
     app: str = "",
     instance: str = "",
@@ -351,14 +351,16 @@ def plan(
         program: the name under which sciexec was called.
         no_env: names of the host's variables that stay outside.
         env: (name, value) of every --env-file and --env, in order.
-        binds: destinations of the binds: one over /.singularity.d means that the user wants those scripts.
-        bound: the binds as the user wrote them, told to the payload.
+        binds: destinations of the binds, told to the payload; one over /.singularity.d means that the user wants those scripts.
         shell: the value of --shell.  app: that of --app; an application's environment is made by scripts.
         instance: the name of the instance that the payload runs in, or "".
     """
     if "/" in app or app in (".", ".."):
         raise UsageError(f"--app {escaped(app)}: not the name of an application", "`sciexec inspect --list-apps IMAGE` lists them")
     known = name(program)
+    bound = ",".join(binds)
+    if len(os.fsencode(bound)) > LONGEST_BOUND:
+        bound = ""
     user = wishes(host, env)
     own = {"HOME": home}
     for prefix in known.prefixes:

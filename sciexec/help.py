@@ -22,11 +22,11 @@ COMMANDS = {
 THEMES = {
     "Files of the host": "bind mount data home no_home no_mount cwd workdir scratch fusemount",
     "Environment": "cleanenv env env_file no_env no_eval app shell",
-    "Isolation": "contain containall compat fakeroot no_privs pid no_pid no_init ipc uts hostname net network dns security add_caps "
-    "drop_caps no_umask",
+    "Isolation": "contain containall compat fakeroot pid no_pid no_init ipc uts hostname net network dns security add_caps drop_caps "
+    "no_privs no_umask",
     "Writing into the image": "writable_tmpfs tmpfs_size overlay writable unsquash",
     "Devices": "nv nvccli rocm intel_hpu compat32 device cdi_dirs",
-    "Many ranks": "share sharens",
+    "MPI": "share sharens",
     "Limits": " ".join(option.slot for option in LIMITS) + " apply_cgroups",
     "Instances": "pid_file",
     "Where IMAGE is a URI": "arch platform authfile docker_login no_https disable_cache",

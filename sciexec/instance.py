@@ -34,7 +34,7 @@ LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456
 LONGEST = 200  # of a name; a file's name has 255 bytes, and some of them are ours
 # The options of a start that decide who those are that join later, and what they can ask for.
 RECORDED = """
-    contain ipc net uts hostname no_home no_mount drop_caps add_caps uid gid limits apply_cgroups fakeroot no_privs binds bound data workdir
+    contain ipc net uts hostname no_home no_mount drop_caps add_caps uid gid limits apply_cgroups fakeroot no_privs binds data workdir
     scratch writable writable_tmpfs overlays fusemounts dns
 """.split()
 CONFIG = ("SCIEXEC_CONFIGDIR", "APPTAINER_CONFIGDIR", "SINGULARITY_CONFIGDIR")

@@ -37,7 +37,7 @@ ADDITIONS = {
     "writable": "--writable", "writable_tmpfs": "--writable-tmpfs", "overlays": "--overlay", "fakeroot": "--fakeroot",
     "add_caps": "--add-caps", "fusemounts": "--fusemount", "dns": "--dns",
 }  # fmt: skip
-DECIDED = "contain fakeroot uid gid add_caps drop_caps bound".split()
+DECIDED = "contain fakeroot uid gid add_caps drop_caps".split()
 # The kernel's names, in the order in which they are joined: the mount namespace last, it takes /proc/PID out of sight.
 NAMESPACES = (
     ("ipc", kernel.CLONE_NEWIPC), ("uts", kernel.CLONE_NEWUTS), ("net", kernel.CLONE_NEWNET), ("cgroup", kernel.CLONE_NEWCGROUP),

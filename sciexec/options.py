@@ -232,7 +232,7 @@ class Options:
     Arguments:
         program: the name under which sciexec was called.  verb: run, exec, shell, test, or one of STARTS.
         image: as given.  argv: everything behind it.
-        binds: of --bind and --mount, in that order.  bound: the binds as they were written.
+        binds: of --bind and --mount, in that order.
         data: (file or name, destination or "").
         home: (source, destination) or None for the caller's own.
         cwd: where to start inside, or None for where the caller stands.
@@ -251,7 +251,7 @@ class Options:
     """
 
     __slots__ = (
-        "add_caps", "app", "apply_cgroups", "arch", "argv", "authfile", "binds", "bound", "cleanenv", "compat", "contain", "containall",
+        "add_caps", "app", "apply_cgroups", "arch", "argv", "authfile", "binds", "cleanenv", "compat", "contain", "containall",
         "cwd", "data", "debug", "disable_cache", "dns", "drop_caps", "env", "env_files", "fakeroot", "fusemounts", "gid", "home",
         "hostname", "image", "ipc", "limits", "name", "net", "no_env", "no_eval", "no_home", "no_https", "no_init", "no_mount", "no_pid",
         "no_privs", "no_umask", "nocolor", "overlays", "pid", "pid_file", "program", "quiet", "scratch", "share", "sharens", "shell",
@@ -264,7 +264,6 @@ class Options:
     argv: list[str]
     name: str
     binds: list[Bind]
-    bound: str
     data: list[tuple[str, str]]
     home: tuple[str, str] | None
     no_home: bool
@@ -330,7 +329,7 @@ class Options:
 
     def describe(self) -> str:
         """One line for --debug; values of --env are left out, they may be secrets."""
-        shown = {slot: getattr(self, slot) for slot in self.__slots__ if slot not in ("env", "verb", "image", "argv", "binds")}
+        shown = {slot: getattr(self, slot) for slot in self.__slots__ if slot not in ("env", "verb", "image", "argv")}
         given = [f"{slot}={value!a}" for slot, value in shown.items() if value]
         return " ".join([self.verb, ascii(self.image), *map(ascii, self.argv), *given, *(f"env:{key}" for key, _ in self.env)])
 
@@ -457,7 +456,6 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
     found = [bind for given in texts("bind") for bind in spelling.binds(given)]
     found += [bind for given in texts("mount") for bind in spelling.mounts(given)]
     options.binds = list(dict.fromkeys(found))  # said twice is said once
-    options.bound = ",".join(texts("bind"))
     options.data = [spelling.data(word) for given in texts("data") for word in spelling.fields(given, ",") if word]
     home = text("home")
     options.home = spelling.home_pair(home) if home else None

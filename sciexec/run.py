@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sciexec.options import Options
 
 START = "sciexec.start"  # the SIF object that holds the image's environment and command
-LONGEST = 120_000  # bytes of the variable that tells the binds; execve takes 131072
 
 # What a name of --no-mount leaves out; cwd, devpts and home are no fixed places, and hostfs is not mounted anyway.
 NO_MOUNT = {
@@ -106,7 +105,6 @@ def payload(options: Options, image: str, start: bytes, host: Host, home: str) -
         no_eval=options.no_eval,
         env=env,
         binds=[bind.target for bind in options.binds],  # a path of the image's own scripts in it makes them count
-        bound=options.bound if len(options.bound) < LONGEST else "",
         shell=options.shell,
         app=options.app or "",
         instance=options.name,

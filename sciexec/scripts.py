@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Shells set variables by themselves (bash: HOSTNAME, TERM=dumb); they are forgotten first, or the host's would seem to be set
 # already.  A function sources the scripts because `set -- x` in one of them would replace our arguments; `command export`
 # because a failing export (read-only in this shell) would end the shell.  Any POSIX shell will do: dash, bash, busybox, mksh.
+# Errors of builtins go to a closed descriptor, as /dev/null may be left out or missing.
 # A value that is no shell text ends most of them, past every test of ours: hence the trap.
 SCRIPT = r"""
 sciexec_source() {
@@ -44,7 +45,7 @@ sciexec_forget() {
         case $sciexec_word in
         --) return ;;
         --*) sciexec_part=$sciexec_word ;;
-        *) case $sciexec_part in --host) command unset -v "${sciexec_word%%=*}" 2>/dev/null ;; esac ;;
+        *) case $sciexec_part in --host) command unset -v "${sciexec_word%%=*}" 2>&- ;; esac ;;
         esac
     done
 }
@@ -71,14 +72,14 @@ for sciexec_word do
     esac
     sciexec_name=${sciexec_word%%=*}
     case $sciexec_part in
-    --user) command export "$sciexec_word" 2>/dev/null ;;
+    --user) command export "$sciexec_word" 2>&- ;;
     --eval)
         sciexec_evaluate "$sciexec_name" "${sciexec_word#*=}"
-        command export "$sciexec_name=$sciexec_value" 2>/dev/null ;;
+        command export "$sciexec_name=$sciexec_value" 2>&- ;;
     --host)
         eval "sciexec_is=\${$sciexec_name+set}\${$sciexec_name:+full}"
         case $sciexec_is in
-        '') command export "$sciexec_word" 2>/dev/null ;;
+        '') command export "$sciexec_word" 2>&- ;;
         set) unset "$sciexec_name" ;;
         esac ;;
     esac

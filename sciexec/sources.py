@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sciexec.image import Image
 
 OURS = os.path.join(os.path.dirname(__file__), "sciexec-fuse")  # native/fuse.c, where there was a compiler
+MAX_READ = 1 << 20  # bytes that the kernel asks for at once; READ_MAX there
 # Where distributions, sites and Apptainer's own packages put it; the caller's PATH may lead anywhere.
 SERVER = "squashfuse_ll"
 PLACES = (
@@ -102,7 +103,7 @@ class Squash(Source):
         return process
 
     def mount(self, target: str) -> None:
-        options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0,allow_other"
+        options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0,allow_other,max_read={MAX_READ}"
         kernel.mount("squashfuse", target, "fuse", kernel.PRIVATE | kernel.MS_RDONLY, options)
         try:
             os.write(self._go, b".")

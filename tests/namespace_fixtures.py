@@ -32,10 +32,11 @@ class Command(Protocol):
 Make = Callable[[Path, str], Path]
 
 
-def inside(act: Callable[[], None], *, missing: tuple[int, ...] = ()) -> None:
+def inside(act: Callable[[], None], *, before: Callable[[], None] | None = None, missing: tuple[int, ...] = ()) -> None:
     """Call act() as root of a user namespace, in a mount namespace, standing in an empty tmpfs; fails as act() does.
 
     Arguments:
+        before: called in the user namespace, but in front of the mount namespace.
         missing: numbers of system calls that this kernel shall not have.
     """
     reading, writing = os.pipe()
@@ -47,6 +48,8 @@ def inside(act: Callable[[], None], *, missing: tuple[int, ...] = ()) -> None:
             uid, gid = os.getuid(), os.getgid()
             proc = os.open("/proc/self", os.O_PATH)
             isolation.user_namespace(proc, f"0 {uid} 1", f"0 {gid} 1")
+            if before:
+                before()
             kernel.unshare(kernel.CLONE_NEWNS)
             kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
             enter.stand_aside()

@@ -140,6 +140,7 @@ def test_a_command_as_singularity_2_wrote_it(sciexec: Command) -> None:
         (["exec", "img"], "sciexec exec: Missing argument 'COMMAND", "see `sciexec exec --help`"),
         (["exec", "--nv", "img", "c"], "--nv is an option of Apptainer that this release of sciexec lacks", "`sciexec run --help`"),
         (["exec", "--mount", "x", "img", "c"], "--mount x: x is no key of a bind mount", "src, dst, ro"),
+        (["exec", "--nv", "img", "c"], "--nv is an option of Apptainer", "`sciexec run --help`"),
         (["exec", "-B", "/a:b", "img", "c"], "--bind /a:b: the path inside must begin with a slash", ""),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_good_name_is_taken(run: Run, service: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-B", "/no/such"], "FATAL: binding /no/such: no such file or directory on the host"),
+        (["-B", "/no/such"], "FATAL: binding /no/such: No such file or directory on the host"),
         (["--pwd", "/no/such"], "FATAL: changing to /no/such inside the container: No such file or directory"),
     ],
 )

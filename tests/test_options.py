@@ -52,7 +52,7 @@ def clicked(words: list[str]) -> Options:
         ("exec -B /a:/b i c", {"binds": [Bind("/a", "/b", False)]}),
         ("exec -B=/a:/b i c", {"binds": [Bind("/a", "/b", False)]}),
         ("exec --bind=/a:/b i c", {"binds": [Bind("/a", "/b", False)]}),
-        ("exec --bind /a:/b:ro --bind /c i c", {"binds": [Bind("/a", "/b", True), Bind("/c", "/c", False)], "bound": "/a:/b:ro,/c"}),
+        ("exec --bind /a:/b:ro --bind /c i c", {"binds": [Bind("/a", "/b", True), Bind("/c", "/c", False)]}),
         ("exec --pwd /a i c", {"cwd": "/a"}),
         ("exec --cwd=/a --pwd=/b i c", {"cwd": "/b"}),
         ("exec -H /a i c", {"home": ("/a", "/a")}),
@@ -130,6 +130,7 @@ GATHERED = ("bind", "mount", "env_file", "network", "overlay", "security", "fuse
 
 # values of options that do not take any text
 VALUES = {
+    "share": ["step", "off"],
     "bind": ["/a", "/a:/b:ro,/c,", "/x\\,y"],
     "mount": ["type=bind,src=/a,dst=/b", 'src=/a,"dst=/b,c",ro'],
     "data": ["/a", "/a:/b,c"],

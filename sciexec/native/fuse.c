@@ -6,9 +6,9 @@
    process, which ends at once; the second one belongs to nobody, has no descriptor of the starter's but these, no capability, no
    place to write to, and few system calls.
 
-   Nothing is written to and nothing
-   changes, so everything that the kernel is told, it may keep for good: names, their absence, attributes, contents, listings.
-   A file is not even opened here: the first OPEN is answered "no need to ask", which the kernel takes for all files.
+   Nothing is ever written to or changed, so everything that the kernel is told, it may keep for good: names, their absence,
+   attributes, contents.  A file is not even opened here: the first OPEN is answered "no need to ask", which the kernel takes for all
+   files.
 
    Source: linux/fuse.h; Linux, Documentation/filesystems/fuse.rst and fs/fuse/. */
 #define _GNU_SOURCE
@@ -37,8 +37,7 @@
 #define THREADS_MAX 15                  /* fewer than there are slots for data */
 #define REQUEST_SIZE 16384              /* bytes; twice what the kernel asks for at least */
 #define WRITE_MAX 4096
-#define READ_MAX (1U << 20)
-#define PAGES_MAX (READ_MAX / 4096)
+#define READ_MAX (1U << 20)             /* what max_read says in the options of the mount */
 #define FIRST_ENTRIES 2                 /* . and .. */
 #define CLOSE_RANGE 436                 /* Linux 5.9 */
 
@@ -63,9 +62,8 @@ struct init_reply {
 
 static squashfs *image;
 static int device;
-static unsigned threads_max;
 static uint32_t offered;                /* flags of the kernel's INIT */
-static atomic_uint threads = 1, idle;
+static atomic_uint threads = 1, threads_max, idle;
 
 /* ---- numbers and attributes ------------------------------------------------------------------------------------------------- */
 
@@ -83,8 +81,9 @@ static void fill(const squashfs_inode *inode, struct fuse_attr *attr)
 	attr->atime = attr->mtime = attr->ctime = inode->mtime;
 	attr->mode = inode->mode;
 	attr->nlink = inode->links;
-	attr->uid = inode->uid;
-	attr->gid = inode->gid;
+	/* Everything is root's: of all users only root, who is the caller, is mapped into the namespace that mounts.  Whatever
+	 * is somebody else's could be read, but no overlay could copy it (EOVERFLOW). */
+	attr->uid = attr->gid = 0;
 	attr->rdev = inode->device;
 	attr->blksize = squashfs_block_size(image);
 }
@@ -120,7 +119,7 @@ static int init(const struct fuse_init_in *in, uint8_t *out)
 		.congestion_threshold = 48,
 		.max_write = WRITE_MAX,
 		.time_gran = 1,
-		.max_pages = PAGES_MAX,
+		.max_pages = (uint16_t)(READ_MAX / (unsigned long)sysconf(_SC_PAGESIZE)),
 	};
 	if (in->major != FUSE_KERNEL_VERSION || in->minor < 23)
 		return -EPROTO;
@@ -191,8 +190,10 @@ static int readlink_(uint64_t node, uint8_t *out)
 static int read_(uint64_t node, const struct fuse_read_in *in, uint8_t *out)
 {
 	squashfs_inode inode;
+	if (in->size > READ_MAX)
+		return -EINVAL;  /* fewer bytes than asked for would mean the end of the file */
 	int failed = squashfs_inode_get(image, reference_of(node), &inode);
-	return failed ? failed : squashfs_read(image, &inode, in->offset, in->size < READ_MAX ? in->size : READ_MAX, out);
+	return failed ? failed : squashfs_read(image, &inode, in->offset, in->size, out);
 }
 
 /* Entries from in->offset on, as many as fit; with `plus`, each behind what a lookup of it would answer. */
@@ -294,14 +295,14 @@ static int answer(const struct fuse_in_header *in, uint8_t *out)
 
 /* ---- threads -------------------------------------------------------------------------------------------------------------------- */
 
-/* Takes requests until the file system is gone.  Whoever takes the last free thread's place starts another one, up to one for
-   each CPU: a single program is served by a single thread, and costs no more. */
+/* Takes requests until the file system is gone.  Who was the last one free starts another one, up to one for each CPU: as many
+   as there was ever work for at once, and one to spare. */
 static void *serve(void *unused)
 {
 	union { struct fuse_in_header header; uint8_t bytes[REQUEST_SIZE]; } *request = malloc(sizeof *request);
-	uint8_t *out = malloc(READ_MAX + sizeof(struct fuse_entry_out));
+	uint8_t *out = malloc(READ_MAX);
 	if (!request || !out)
-		exit(1);
+		return unused;  /* the others go on */
 	for (;;) {
 		idle++;
 		ssize_t got = read(device, request, sizeof *request);
@@ -309,7 +310,7 @@ static void *serve(void *unused)
 		if (got < 0 && (errno == EINTR || errno == ENOENT || errno == EAGAIN))  /* ENOENT: interrupted before it was read */
 			continue;
 		if (got < (ssize_t)sizeof request->header)
-			exit(got < 0 && errno != ENODEV);
+			_exit(got < 0 && errno != ENODEV);  /* exit() would unload libraries that other threads are in */
 		uint32_t opcode = request->header.opcode;
 		if (opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET || opcode == FUSE_INTERRUPT)  /* no answer is expected */
 			continue;
@@ -326,9 +327,8 @@ static void *serve(void *unused)
 		struct iovec parts[2] = {{&reply, sizeof reply}, {out, length < 0 ? 0 : (size_t)length}};
 		reply.len = (uint32_t)(parts[0].iov_len + parts[1].iov_len);
 		if (writev(device, parts, 2) < 0 && errno == ENODEV)
-			exit(0);
+			_exit(0);
 	}
-	return unused;
 }
 
 #if defined __x86_64__
@@ -341,6 +341,8 @@ static void *serve(void *unused)
 #define ARCHITECTURE AUDIT_ARCH_S390X
 #elif defined __riscv && __riscv_xlen == 64
 #define ARCHITECTURE AUDIT_ARCH_RISCV64
+#elif defined __loongarch64 && defined AUDIT_ARCH_LOONGARCH64
+#define ARCHITECTURE AUDIT_ARCH_LOONGARCH64
 #endif
 
 /* From here on nothing but reading, answering, memory and threads: what an image that breaks us could use ends here. */
@@ -383,8 +385,10 @@ static void forbid_writing(void)
 	if (version >= 3)
 		rights |= 1 << 14;  /* TRUNCATE */
 	int rules = version < 1 ? -1 : (int)syscall(CREATE_RULESET, &rights, sizeof rights, 0);
-	if (rules >= 0)
+	if (rules >= 0) {
 		syscall(RESTRICT_SELF, rules, 0);
+		close(rules);
+	}
 }
 
 /* Leaves the starter's session, directory, descriptors and capabilities. */
@@ -429,13 +433,14 @@ int main(int count, char **arguments)
 	device = kept[1];
 	if (squashfs_open(&image, kept[0], strtoull(arguments[4], NULL, 10)))
 		return 3;
-	threads_max = sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : (unsigned)CPU_COUNT(&cpus);
-	if (threads_max > THREADS_MAX)
-		threads_max = THREADS_MAX;
+	unsigned usable = sched_getaffinity(0, sizeof cpus, &cpus) ? THREADS_MAX : (unsigned)CPU_COUNT(&cpus);  /* EINVAL: very many */
+	threads_max = usable < THREADS_MAX ? usable : THREADS_MAX;
 	confine();
+	if (squashfs_tables(image))
+		return 3;
 	if (read(kept[2], &go, 1) != 1)
 		return 0;  /* whoever started us has gone */
 	close(kept[2]);
 	serve(NULL);
-	return 0;
+	return 1;
 }

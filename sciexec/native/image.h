@@ -23,7 +23,7 @@ typedef struct { uint64_t reference, stamp; uint32_t known, room; squashfs_curso
 
 struct squashfs {
 	int fd;
-	uint64_t base, bytes, root, inode_table, directory_table, fragment_table, xattr_table;
+	uint64_t base, bytes, root, id_table, inode_table, directory_table, fragment_table, xattr_table;
 	uint32_t inodes, block_size, fragments, ids;
 	uint32_t *id;
 	decompressor *decompress;

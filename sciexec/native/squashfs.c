@@ -131,21 +131,6 @@ int image_entry(squashfs *image, uint64_t list, uint32_t index, uint32_t width, 
 	return image_metadata(image, &at, into, width);
 }
 
-static int read_ids(squashfs *image, uint64_t table)
-{
-	image->id = calloc(image->ids, sizeof *image->id);
-	if (!image->id)
-		return -ENOMEM;
-	for (uint32_t i = 0; i < image->ids; i++) {
-		uint8_t raw[4];
-		int failed = image_entry(image, table, i, sizeof raw, raw);
-		if (failed)
-			return failed;
-		image->id[i] = u32(raw);
-	}
-	return 0;
-}
-
 /* ---- opening ---------------------------------------------------------------------------------------------------------------- */
 
 int squashfs_open(squashfs **opened, int fd, uint64_t offset)
@@ -156,8 +141,12 @@ int squashfs_open(squashfs **opened, int fd, uint64_t offset)
 		return -ENOMEM;
 	*image = (squashfs){.fd = fd, .base = offset, .bytes = sizeof raw};
 	int failed = image_read(image, 0, raw, sizeof raw);
-	if (!failed && (u32(raw) != 0x73717368 || u16(raw + 28) != 4 || u16(raw + 22) < 12 || u16(raw + 22) > 20))
+	if (!failed && (u32(raw) != 0x73717368 || u16(raw + 28) != 4 || u16(raw + 22) < 12 || u16(raw + 22) > 20 || !u16(raw + 26)))
 		failed = -EINVAL;
+	if (!failed && (offset > INT64_MAX || u64(raw + 40) > INT64_MAX - offset))
+		failed = -EINVAL;
+	if (!failed && !(image->decompress = decompressor_of(u16(raw + 20))))
+		failed = -ENOTSUP;
 	if (failed) {
 		free(image);
 		return failed;
@@ -168,36 +157,44 @@ int squashfs_open(squashfs **opened, int fd, uint64_t offset)
 	image->ids = u16(raw + 26);
 	image->root = u64(raw + 32);
 	image->bytes = u64(raw + 40);
+	image->id_table = u64(raw + 48);
 	image->xattr_table = u16(raw + 24) & 0x0200 ? UINT64_MAX : u64(raw + 56);
 	image->inode_table = u64(raw + 64);
 	image->directory_table = u64(raw + 72);
 	image->fragment_table = u64(raw + 80);
-	image->decompress = decompressor_of(u16(raw + 20));
-	if (!image->decompress)
-		failed = -ENOTSUP;
-	if (!failed && image->xattr_table != UINT64_MAX) {
-		uint8_t header[16];
-		failed = image_read(image, image->xattr_table, header, sizeof header);
-		image->xattr_values = u64(header);
-		image->xattrs = u32(header + 8);
-	}
-	pthread_mutex_init(&image->metadata_lock, NULL);
-	if (!failed)
-		failed = read_ids(image, u64(raw + 48));
-	if (failed) {
-		free(image->id);
-		free(image);
-		return failed;
-	}
 	image->data_slots = DATA_BYTES / image->block_size;
 	if (image->data_slots > DATA_SLOTS_MAX)
 		image->data_slots = DATA_SLOTS_MAX;
 	if (image->data_slots < DATA_SLOTS_MIN)
 		image->data_slots = DATA_SLOTS_MIN;
+	pthread_mutex_init(&image->metadata_lock, NULL);
 	pthread_mutex_init(&image->data_lock, NULL);
 	pthread_mutex_init(&image->long_lock, NULL);
 	pthread_cond_init(&image->data_ready, NULL);
 	*opened = image;
+	return 0;
+}
+
+int squashfs_tables(squashfs *image)
+{
+	if (image->xattr_table != UINT64_MAX) {
+		uint8_t header[16];
+		int failed = image_read(image, image->xattr_table, header, sizeof header);
+		if (failed)
+			return failed;
+		image->xattr_values = u64(header);
+		image->xattrs = u32(header + 8);
+	}
+	image->id = calloc(image->ids, sizeof *image->id);
+	if (!image->id)
+		return -ENOMEM;
+	for (uint32_t i = 0; i < image->ids; i++) {
+		uint8_t raw[4];
+		int failed = image_entry(image, image->id_table, i, sizeof raw, raw);
+		if (failed)
+			return failed;
+		image->id[i] = u32(raw);
+	}
 	return 0;
 }
 
@@ -302,76 +299,10 @@ int squashfs_readlink(squashfs *image, const squashfs_inode *inode, char *text, 
 
 /* ---- directories ------------------------------------------------------------------------------------------------------------ */
 
-/* A listing is runs of at most 256 entries, each run behind a header that its entries count from.  A place in it, as a number that
-   readdir can hand out, is  where the run begins << 26 | how many of its entries are read << 17 | bytes from the run's beginning. */
-#define RUN_SHIFT 26
-#define ORDINAL_SHIFT 17
+/* A listing is runs of at most 256 entries, each run behind a header that its entries count from.  A place in it is its bytes up to
+   there.  Long listings have an index: first name, place and metadata block of some of the runs. */
 #define RUN_HEADER 12
 #define RUN_ENTRIES 256
-
-static int listing_read(squashfs *image, squashfs_listing *listing, void *into, uint64_t length)
-{
-	if (length > listing->end - listing->place)
-		return -EIO;
-	listing->place += length;
-	return image_metadata(image, &listing->at, into, length);
-}
-
-static int run_header(squashfs *image, squashfs_listing *listing)
-{
-	uint8_t raw[RUN_HEADER];
-	listing->run = listing->place;
-	int failed = listing_read(image, listing, raw, sizeof raw);
-	if (failed)
-		return failed;
-	listing->ordinal = 0;
-	listing->count = u32(raw) + 1;
-	listing->block = u32(raw + 4);
-	listing->number = u32(raw + 8);
-	return listing->count > RUN_ENTRIES || !listing->count ? -EIO : 0;
-}
-
-int squashfs_list(squashfs *image, const squashfs_inode *directory, uint64_t where, squashfs_listing *listing)
-{
-	uint64_t run = where >> RUN_SHIFT, offset = where & ((1U << ORDINAL_SHIFT) - 1);
-	if (!S_ISDIR(directory->mode))
-		return -ENOTDIR;
-	*listing = (squashfs_listing){.at = {image->directory_table + directory->start, directory->listing_offset}};
-	listing->end = directory->size > 3 ? directory->size - 3 : 0;  /* what is counted for . and .. */
-	if (run >= listing->end)
-		return 0;
-	int failed = listing_read(image, listing, NULL, run);
-	if (!failed)
-		failed = run_header(image, listing);
-	if (!failed && offset > RUN_HEADER)
-		failed = listing_read(image, listing, NULL, offset - RUN_HEADER);
-	listing->ordinal = (uint32_t)(where >> ORDINAL_SHIFT) & 0x1FF;
-	return failed;
-}
-
-int squashfs_next(squashfs *image, squashfs_listing *listing, squashfs_dirent *entry)
-{
-	uint8_t raw[8];
-	int failed = 0;
-	if (listing->place >= listing->end)
-		return 0;
-	if (listing->ordinal >= listing->count && (failed = run_header(image, listing)))
-		return failed;
-	if ((failed = listing_read(image, listing, raw, sizeof raw)))
-		return failed;
-	entry->reference = (uint64_t)listing->block << 16 | u16(raw);
-	entry->number = (uint32_t)((int32_t)listing->number + (int16_t)u16(raw + 2));
-	entry->type = u16(raw + 4);
-	entry->length = u16(raw + 6) + 1U;
-	if (entry->length > SQUASHFS_NAME_MAX || entry->type < DIRECTORY || entry->type > KINDS)
-		return -EIO;
-	if ((failed = listing_read(image, listing, entry->name, entry->length)))
-		return failed;
-	entry->name[entry->length] = 0;
-	listing->ordinal++;
-	entry->next = listing->run << RUN_SHIFT | (uint64_t)listing->ordinal << ORDINAL_SHIFT | (listing->place - listing->run);
-	return 1;
-}
 
 static int compare(const char *a, size_t a_length, const char *b, size_t b_length)
 {
@@ -379,34 +310,107 @@ static int compare(const char *a, size_t a_length, const char *b, size_t b_lengt
 	return order ? order : (a_length > b_length) - (a_length < b_length);
 }
 
-/* The beginning of the last run whose first name is not behind `name`, out of the index that large directories have. */
-static int indexed_run(squashfs *image, const squashfs_inode *directory, const char *name, size_t length, uint64_t *run)
+/* Begins at the last run in the index that is not behind a name, or, with name NULL, not behind a place. */
+static int begin(squashfs *image, const squashfs_inode *directory, const char *name, size_t length, uint64_t where,
+		 squashfs_listing *listing)
 {
 	squashfs_cursor at = directory->rest;
-	*run = 0;
+	if (!S_ISDIR(directory->mode))
+		return -ENOTDIR;
+	listing->at = (squashfs_cursor){image->directory_table + directory->start, directory->listing_offset};
+	listing->place = listing->left = listing->used = listing->filled = 0;
+	listing->end = directory->size > 3 ? directory->size - 3 : 0;  /* what is counted for . and .. */
 	for (uint32_t i = 0; i < directory->indexes; i++) {
 		uint8_t raw[12];
 		char first[SQUASHFS_NAME_MAX];
 		int failed = image_metadata(image, &at, raw, sizeof raw);
-		uint32_t first_length = u32(raw + 8) + 1;
-		if (failed || first_length > sizeof first || !first_length)
-			return failed ? failed : -EIO;
+		if (failed)
+			return failed;
+		uint32_t run = u32(raw), first_length = u32(raw + 8) + 1;
+		if (!first_length || first_length > sizeof first)
+			return -EIO;
 		if ((failed = image_metadata(image, &at, first, first_length)))
 			return failed;
-		if (compare(first, first_length, name, length) > 0)
+		if (name ? compare(first, first_length, name, length) > 0 : run > where)
 			break;
-		*run = u32(raw);
+		listing->place = run;
+		listing->at = (squashfs_cursor){image->directory_table + u32(raw + 4), (directory->listing_offset + run) % METADATA};
 	}
 	return 0;
+}
+
+/* Bytes of a listing, by way of a buffer: a lock for each would be most of the work. */
+static int listing_read(squashfs *image, squashfs_listing *listing, void *into, uint32_t length)
+{
+	if (length > listing->end - listing->place)
+		return -EIO;
+	while (length) {
+		if (listing->used == listing->filled) {  /* up to the end of its metadata block: the next one may not be needed */
+			uint32_t rest = listing->at.offset < METADATA ? METADATA - listing->at.offset : METADATA;
+			if (rest > listing->end - listing->place)
+				rest = (uint32_t)(listing->end - listing->place);
+			int failed = image_metadata(image, &listing->at, listing->buffer, rest);
+			if (failed)
+				return failed;
+			listing->used = 0;
+			listing->filled = rest;
+		}
+		uint32_t part = listing->filled - listing->used < length ? listing->filled - listing->used : length;
+		memcpy(into, listing->buffer + listing->used, part);
+		into = (uint8_t *)into + part;
+		listing->used += part;
+		listing->place += part;
+		length -= part;
+	}
+	return 0;
+}
+
+int squashfs_next(squashfs *image, squashfs_listing *listing, squashfs_dirent *entry)
+{
+	uint8_t raw[RUN_HEADER];
+	int failed = 0;
+	if (listing->place >= listing->end)
+		return 0;
+	if (!listing->left) {
+		if ((failed = listing_read(image, listing, raw, RUN_HEADER)))
+			return failed;
+		if (u32(raw) >= RUN_ENTRIES)
+			return -EIO;
+		listing->left = u32(raw) + 1;
+		listing->block = u32(raw + 4);
+		listing->number = u32(raw + 8);
+	}
+	if ((failed = listing_read(image, listing, raw, 8)))
+		return failed;
+	entry->reference = (uint64_t)listing->block << 16 | u16(raw);
+	entry->number = listing->number + (uint32_t)(int16_t)u16(raw + 2);
+	entry->type = u16(raw + 4);
+	entry->length = u16(raw + 6) + 1U;
+	if (entry->length > SQUASHFS_NAME_MAX || entry->type < DIRECTORY || entry->type > KINDS)
+		return -EIO;
+	if ((failed = listing_read(image, listing, entry->name, entry->length)))
+		return failed;
+	entry->name[entry->length] = 0;
+	if (strlen(entry->name) != entry->length || strchr(entry->name, '/') || !strcmp(entry->name, ".") || !strcmp(entry->name, ".."))
+		return -EIO;
+	listing->left--;
+	entry->next = listing->place;
+	return 1;
+}
+
+int squashfs_list(squashfs *image, const squashfs_inode *directory, uint64_t where, squashfs_listing *listing)
+{
+	squashfs_dirent passed;
+	int got = begin(image, directory, NULL, 0, where, listing);
+	while (!got && listing->place < where && (got = squashfs_next(image, listing, &passed)) > 0)
+		got = 0;
+	return got;
 }
 
 int squashfs_lookup(squashfs *image, const squashfs_inode *directory, const char *name, size_t length, squashfs_dirent *entry)
 {
 	squashfs_listing listing;
-	uint64_t run = 0;
-	int got = indexed_run(image, directory, name, length, &run);
-	if (!got)
-		got = squashfs_list(image, directory, run << RUN_SHIFT, &listing);
+	int got = begin(image, directory, name, length, 0, &listing);
 	if (got)
 		return got;
 	while ((got = squashfs_next(image, &listing, entry)) > 0) {
@@ -434,7 +438,7 @@ int squashfs_xattr(squashfs *image, const squashfs_inode *inode, const char *nam
 	if (failed)
 		return failed;
 	squashfs_cursor at = {image->xattr_values + (u64(raw) >> 16), (uint32_t)(u64(raw) & 0xFFFF)};
-	for (uint32_t count = u32(raw + 8); count; count--) {
+	for (uint32_t count = u32(raw + 8); count; count--) {  /* each adds to `listed`, so that this ends */
 		char key[16 + SQUASHFS_NAME_MAX];
 		if ((failed = image_metadata(image, &at, raw, 4)))
 			return failed;
@@ -450,14 +454,13 @@ int squashfs_xattr(squashfs *image, const squashfs_inode *inode, const char *nam
 		if ((failed = image_metadata(image, &at, raw, 4)))
 			return failed;
 		uint32_t size = u32(raw);
-		if (!name) {
-			size_t whole = strlen(key) + 1;
-			if (listed + whole <= room)
-				memcpy(into + listed, key, whole);
-			listed += whole;
-			if (listed > XATTR_VALUE_MAX)
-				return -EIO;
-		} else if (!strcmp(name, key)) {
+		size_t whole = strlen(key) + 1;
+		if (!name && listed + whole <= room)
+			memcpy(into + listed, key, whole);
+		listed += whole;
+		if (size > XATTR_VALUE_MAX || listed > XATTR_VALUE_MAX)
+			return -EIO;
+		if (name && !strcmp(name, key)) {
 			if (elsewhere) {
 				if (size != 8 || (failed = image_metadata(image, &at, raw, 8)))
 					return failed ? failed : -EIO;

@@ -35,16 +35,18 @@ typedef struct {
 	uint64_t reference;
 	uint32_t number;
 	unsigned type;            /* of the inode, 1 to 7 */
-	uint64_t next;            /* where the listing goes on, for squashfs_list */
+	uint64_t next;            /* where the listing goes on, for squashfs_list; ascending, and small: 32-bit programs get it, too */
 	unsigned length;
 	char name[SQUASHFS_NAME_MAX + 1];
 } squashfs_dirent;
 
 typedef struct {
-	squashfs_cursor at;
-	uint64_t place, run, end;      /* bytes of the listing: where we are, where this run began, where all ends */
-	uint32_t ordinal, count;       /* entries of this run: read, altogether */
+	squashfs_cursor at;            /* behind what is in the buffer */
+	uint64_t place, end;           /* bytes of the listing: where we are, where all ends */
+	uint32_t left;                 /* entries of this run that are still to come */
 	uint32_t block, number;        /* what its entries count from */
+	uint32_t used, filled;         /* bytes of the buffer */
+	uint8_t buffer[8192];
 } squashfs_listing;
 
 typedef struct squashfs squashfs;
@@ -52,6 +54,9 @@ typedef struct squashfs squashfs;
 /* Opens the file system `offset` bytes into fd and loads the library for its compression.  Returns 0, -EINVAL for what is no
    SquashFS, -ENOTSUP where the library is missing, or another -errno. */
 int squashfs_open(squashfs **image, int fd, uint64_t offset);
+
+/* Reads the tables that are kept in memory, once, before anything below is called.  It is the first that decompresses. */
+int squashfs_tables(squashfs *image);
 
 uint64_t squashfs_root(const squashfs *image);
 uint64_t squashfs_bytes(const squashfs *image);
