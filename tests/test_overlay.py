@@ -560,3 +560,19 @@ def test_a_file_system_that_cannot_be_written_over_is_named(sciexec_path: Path, 
     assert done.stderr.startswith(
         f"FATAL: writing to the overlay {tmp_path}/merged/over: its file system cannot be the upper one of an overlay\n"
     )
+
+
+def test_the_page_on_overlays(base: Path, sciexec: Command, sciexec_path: Path, tmp_path: Path, need: Need, served: None) -> None:
+    """Every command of docs/overlays.md works, in the order of the page; that of sshfs needs another host."""
+    shutil.copy(base, tmp_path / "model.sif")
+    (tmp_path / "layer/opt/layered").mkdir(parents=True)
+    subprocess.run([need("mksquashfs"), tmp_path / "layer", tmp_path / "base.sqfs", "-quiet", "-all-root"], check=True, capture_output=True)
+    page = (Path(__file__).resolve().parent.parent / "docs/overlays.md").read_text()
+    lines = [line[4:] for line in page.splitlines() if line.startswith("    ") and "sshfs" not in line]
+    assert len(lines) >= 15
+    environ = {"PATH": f"{sciexec_path.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for line in lines:
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        if "cat /opt/file" in line:
+            assert done.stdout == "text\n", line
