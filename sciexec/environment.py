@@ -337,6 +337,7 @@ def plan(
     no_eval: bool = False,
     env: Sequence[tuple[str, str]] = (),
     binds: Sequence[str] = (),
+    bound: Sequence[str] = (),
     shell: str | None = None,
     app: str = "",
     instance: str = "",
@@ -351,23 +352,24 @@ def plan(
         program: the name under which sciexec was called.
         no_env: names of the host's variables that stay outside.
         env: (name, value) of every --env-file and --env, in order.
-        binds: destinations of the binds, told to the payload; one over /.singularity.d means that the user wants those scripts.
+        binds: destinations of the binds; one over /.singularity.d means that the user wants those scripts.
+        bound: the destinations that the payload is told of.
         shell: the value of --shell.  app: that of --app; an application's environment is made by scripts.
         instance: the name of the instance that the payload runs in, or "".
     """
     if "/" in app or app in (".", ".."):
         raise UsageError(f"--app {escaped(app)}: not the name of an application", "`sciexec inspect --list-apps IMAGE` lists them")
     known = name(program)
-    bound = ",".join(binds)
-    if len(os.fsencode(bound)) > LONGEST_BOUND:
-        bound = ""
+    places = ",".join(bound)
+    if len(os.fsencode(places)) > LONGEST_BOUND:
+        places = ""
     user = wishes(host, env)
     own = {"HOME": home}
     for prefix in known.prefixes:
         own[f"{prefix}_CONTAINER"] = image
         own[f"{prefix}_NAME"] = image.rpartition("/")[2]
         if prefix != "SCIEXEC":
-            own[f"{prefix}_BIND"] = bound
+            own[f"{prefix}_BIND"] = places
             own[f"{prefix}_ENVIRONMENT"] = f"{SCRIPTS}/91-environment.sh"
             own[f"{prefix}_COMMAND"] = verb
             if instance:

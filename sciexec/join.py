@@ -110,6 +110,7 @@ def settle(options: Options, found: Instance) -> None:
         setattr(options, slot, found.options[slot])
     options.no_privs = options.no_privs or found.options["no_privs"]
     options.binds = [Bind(*key) for key in found.options["binds"]]
+    options.bound = [bind.target for bind in options.binds]
 
 
 def enter_group(group: int, found: Instance) -> None:

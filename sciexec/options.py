@@ -232,7 +232,7 @@ class Options:
     Arguments:
         program: the name under which sciexec was called.  verb: run, exec, shell, test, or one of STARTS.
         image: as given.  argv: everything behind it.
-        binds: of --bind and --mount, in that order.
+        binds: of --bind and --mount, in that order.  bound: the places that the payload is told of.
         data: (file or name, destination or "").
         home: (source, destination) or None for the caller's own.
         cwd: where to start inside, or None for where the caller stands.
@@ -251,7 +251,7 @@ class Options:
     """
 
     __slots__ = (
-        "add_caps", "app", "apply_cgroups", "arch", "argv", "authfile", "binds", "cleanenv", "compat", "contain", "containall",
+        "add_caps", "app", "apply_cgroups", "arch", "argv", "authfile", "binds", "bound", "cleanenv", "compat", "contain", "containall",
         "cwd", "data", "debug", "disable_cache", "dns", "drop_caps", "env", "env_files", "fakeroot", "fusemounts", "gid", "home",
         "hostname", "image", "ipc", "limits", "name", "net", "no_env", "no_eval", "no_home", "no_https", "no_init", "no_mount", "no_pid",
         "no_privs", "no_umask", "nocolor", "overlays", "pid", "pid_file", "program", "quiet", "scratch", "share", "sharens", "shell",
@@ -264,6 +264,7 @@ class Options:
     argv: list[str]
     name: str
     binds: list[Bind]
+    bound: list[str]
     data: list[tuple[str, str]]
     home: tuple[str, str] | None
     no_home: bool
@@ -454,7 +455,10 @@ def settle(program: str, verb: str, values: dict[str, Value], image: str, argv: 
         options.contain = options.cleanenv = options.pid = options.ipc = True
     options.pid = options.pid and not options.no_pid
     found = [bind for given in texts("bind") for bind in spelling.binds(given)]
-    found += [bind for given in texts("mount") for bind in spelling.mounts(given)]
+    mounted = [bind for given in texts("mount") for bind in spelling.mounts(given)]
+    told = found if program.rpartition("/")[2] == "singularity" else found + mounted  # SingularityCE keeps --mount to itself
+    options.bound = list(dict.fromkeys(bind.target for bind in told))
+    found += mounted
     options.binds = list(dict.fromkeys(found))  # said twice is said once
     options.data = [spelling.data(word) for given in texts("data") for word in spelling.fields(given, ",") if word]
     home = text("home")

@@ -104,6 +104,7 @@ def payload(options: Options, image: str, start: bytes, host: Host, home: str) -
         no_env=options.no_env,
         no_eval=options.no_eval,
         env=env,
+        bound=options.bound,
         binds=[bind.target for bind in options.binds],  # a path of the image's own scripts in it makes them count
         shell=options.shell,
         app=options.app or "",
