@@ -141,7 +141,6 @@ VALUES = {
     "env": ["A=1", "A=1,B=2"],
     "hostname": ["box", "node-1.example.org"],
     "network": ["none"],
-    "share": ["step", "off"],
     "security": ["uid:5", "gid:0"],
     "add_caps": ["CAP_CHOWN", "all"],
     "drop_caps": ["chown,CAP_KILL", "ALL"],
