@@ -58,6 +58,7 @@ RESOLVE_IN_ROOT = 0x10
 
 # linux/nsfs.h
 NS_GET_USERNS = 0xB701
+NS_GET_PARENT = 0xB702
 
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
@@ -175,6 +176,11 @@ def has_pidfd() -> bool:
 def owner(fd: int) -> int:
     """A descriptor of the user namespace that owns a namespace; ioctl_nsfs(2)."""
     return _call("ioctl", fd, NS_GET_USERNS)
+
+
+def parent(fd: int) -> int:
+    """A descriptor of the user namespace above one; ioctl_nsfs(2)."""
+    return _call("ioctl", fd, NS_GET_PARENT)
 
 
 def mount(source: str, target: str, fstype: str, flags: int, options: str = "") -> None:

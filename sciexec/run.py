@@ -226,5 +226,10 @@ def run(options: Options, image: Image, host: Host) -> NoReturn:
 
 
 def is_shared(options: Options, host: Host) -> bool:
-    """Whether the ranks of this node shall have one container; one with process ids of its own ends with one process, and is not shared."""
-    return not options.pid and (options.share in ("step", "job") or (options.share == "auto" and mpi.local_size(host.environment) > 1))
+    """Whether the ranks of this node shall have one container.
+
+    One with process ids of its own ends with one process, and is not shared; nor is one with limits, which are each rank's own.
+    """
+    if options.pid or options.limits or options.apply_cgroups:
+        return False
+    return options.share in ("step", "job") or (options.share == "auto" and mpi.local_size(host.environment) > 1)

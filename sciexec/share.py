@@ -130,8 +130,8 @@ def reap(child: int) -> None:
 def join(plan: Plan, namespaces: list[int], own: list[int]) -> None:
     """Enter the container whose namespaces these are.  own: inode numbers of this process's, which need no entering."""
     try:
-        mounts = namespaces[-2]
-        kernel.setns(kernel.owner(mounts), kernel.CLONE_NEWUSER)  # where this process may do all that follows
+        # not the owner of its mounts: with --fakeroot that is the payload's own
+        kernel.setns(kernel.parent(namespaces[-1]), kernel.CLONE_NEWUSER)  # where this process may do all that follows
         for fd, (_, flag), mine in zip(namespaces, NAMESPACES, own):
             if os.fstat(fd).st_ino != mine:
                 kernel.setns(fd, flag)

@@ -213,9 +213,9 @@ def is_net(net: bool, network: str | None) -> bool:
 
 
 def hostname(text: str) -> str:
-    """A host name: letters, digits, hyphens and dots; sethostname(2) takes 64 characters."""
-    if len(text) > 64 or not text.isascii() or not text.replace("-", "").replace(".", "").isalnum():
-        raise UsageError(f"--hostname {escaped(text)}: not a host name", "up to 64 letters, digits, hyphens and dots")
+    """A host name: letters, digits, hyphens, dots and, as hosts have them, underscores; sethostname(2) takes 64 characters."""
+    if len(text) > 64 or not text.isascii() or not text.translate({45: None, 46: None, 95: None}).isalnum():
+        raise UsageError(f"--hostname {escaped(text)}: not a host name", "up to 64 letters, digits, hyphens, underscores and dots")
     return text
 
 

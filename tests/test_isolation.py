@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -92,7 +93,7 @@ def test_kill_leaves_nothing(sciexec_path: Path, image: Path, options: list[str]
 # --- ends ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", PID)
+@pytest.mark.parametrize("options", EVERY_WAY)
 def test_every_exit_code_and_every_death_is_the_payloads(sciexec_path: Path, rootfs: Path, options: list[str]) -> None:
     """The first 32 codes and all that end a process by a signal; the rest of the codes by fours, as each is a container."""
     command = [str(sciexec_path), "exec", *options, str(rootfs), "sh", "-c"]
@@ -104,6 +105,17 @@ def test_every_exit_code_and_every_death_is_the_payloads(sciexec_path: Path, roo
         assert subprocess.run([*command, f"kill -{number} $$"], check=False).returncode == -number
     done = subprocess.run(["sh", "-c", f"{' '.join(command)} 'kill -9 $$'; echo $?"], capture_output=True, text=True, check=True)
     assert done.stdout == "137\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--pid"]])
+def test_a_core_is_left_once_and_by_the_payload(sciexec_path: Path, image: Path, tmp_path: Path, options: list[str]) -> None:
+    """In the directory where it stands, if that is what the host does with cores."""
+    line = f'ulimit -c "$(ulimit -H -c)"; "$0" exec {" ".join(options)} "$1" sh -c "kill -ABRT \\$\\$"; echo $?'
+    done = subprocess.run(["bash", "-c", line, sciexec_path, image], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout == "134\n"
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text()
+    allowed = resource.getrlimit(resource.RLIMIT_CORE)[1] != 0
+    assert len(list(tmp_path.iterdir())) == (1 if pattern[0] not in "|/" and allowed else 0)
 
 
 # --- other namespaces -----------------------------------------------------------------------------------------------------------

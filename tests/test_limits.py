@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from namespace_fixtures import Command, Need
 
-from sciexec import limits
+from sciexec import host, limits, options, run
 from sciexec.errors import HostError, UsageError
 
 pytest_plugins = ["run_fixtures"]
@@ -166,6 +166,13 @@ def test_the_plan_says_the_limits(sciexec: Command, images: dict[str, Path]) -> 
     assert "limit memory.max 1073741824\nlimit cpu.max 50000 100000\n" in done.stderr
 
 
+def test_ranks_with_limits_do_not_share_a_container() -> None:
+    """Each would have to be in the first one's group."""
+    for limit, shared in ([], True), (LIMIT, False), (["--apply-cgroups", "/x.toml"], False):
+        chosen = options.parse("sciexec", ["exec", "--share", "step", *limit, "image", "true"], {})
+        assert chosen is not None and run.is_shared(chosen, host.Host()) is shared
+
+
 def test_without_control_groups_a_limit_is_fatal(sciexec_path: Path, images: dict[str, Path], need: Need) -> None:
     script = 'mount -t tmpfs none /sys/fs/cgroup && exec "$@"'
     command = [need("unshare"), "-rm", "sh", "-c", script, "sh", str(sciexec_path), "exec", *LIMIT, str(images["directory"]), "echo", "ran"]
@@ -234,11 +241,11 @@ SHOW = """
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("options", [[], ["--pid"], ["--pid", "--no-init"]])
+@pytest.mark.parametrize("words", [[], ["--pid"], ["--pid", "--no-init"]])
 def test_the_payload_is_in_a_group_with_its_limits(
-    sciexec_path: Path, delegated: Path, limited: list[str], need: Need, options: list[str]
+    sciexec_path: Path, delegated: Path, limited: list[str], need: Need, words: list[str]
 ) -> None:
-    command = within(delegated, need, sciexec_path, *limited[:1], *options, *limited[1:], "sh", "-c", SHOW)
+    command = within(delegated, need, sciexec_path, *limited[:1], *words, *limited[1:], "sh", "-c", SHOW)
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
         assert (done.returncode, done.stderr) == (0, "")
@@ -251,15 +258,15 @@ CONTROLLERS = {"pids": ("pids.max", "50"), "hugetlb": ("hugetlb.2MB.max", "0"), 
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("options", [[], ["--pid"]])
-def test_a_controller_is_turned_on(sciexec_path: Path, delegated: Path, limited: list[str], need: Need, options: list[str]) -> None:
+@pytest.mark.parametrize("words", [[], ["--pid"]])
+def test_a_controller_is_turned_on(sciexec_path: Path, delegated: Path, limited: list[str], need: Need, words: list[str]) -> None:
     """Which the kernel allows only in a group without processes: we step aside, into one of our own."""
     root = delegated.parent
     name = next(name for name in CONTROLLERS if name in (root / "cgroup.controllers").read_text().split())
     (root / "cgroup.subtree_control").write_text(f"+{name}")
     file, value = CONTROLLERS[name]
     Path(limited[2]).write_text(f'[unified]\n"{file}" = "{value}"\n')
-    command = within(delegated, need, sciexec_path, *limited[:1], *options, *limited[1:], "sh", "-c", SHOW, "sh", file)
+    command = within(delegated, need, sciexec_path, *limited[:1], *words, *limited[1:], "sh", "-c", SHOW, "sh", file)
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[-1] == value

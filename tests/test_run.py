@@ -76,14 +76,17 @@ int main(void) {
 """
 
 
-def test_a_terminal_is_a_terminal_and_nothing_can_be_typed_into_it(sciexec_path: Path, hostile: Path, tmp_path: Path, need: Need) -> None:
+@pytest.mark.parametrize("options", [*EVERY_WAY, ["--fakeroot"]])
+def test_a_terminal_is_a_terminal_and_nothing_can_be_typed_into_it(
+    sciexec_path: Path, hostile: Path, tmp_path: Path, need: Need, options: list[str]
+) -> None:
     compiler = need("cc")
     source = tmp_path / "type.c"
     source.write_text(TYPING)
     subprocess.run([compiler, "-static", source, "-o", hostile / "usr/bin/type"], check=True)
     child, terminal = pty.fork()
     if child == 0:
-        os.execv(sciexec_path, ["sciexec", "exec", str(hostile), "type"])
+        os.execv(sciexec_path, ["sciexec", "exec", *options, str(hostile), "type"])
     shown = b""
     try:
         while more := os.read(terminal, 1000):

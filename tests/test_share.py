@@ -144,6 +144,7 @@ def test_what_is_mounted_decides(step: Step, image: Path, tmp_path: Path) -> Non
         (["--sharens"], {"OMPI_COMM_WORLD_LOCAL_SIZE": ""}, True),
         (["--share", "job"], {"SLURM_JOB_ID": "7", "PMIX_NAMESPACE": ""}, True),
         (["--pid"], {}, False),
+        (["--fakeroot", "--ipc", "--hostname", "box", "--network", "none"], {}, True),
     ],
 )
 def test_when_a_container_is_shared(

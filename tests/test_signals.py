@@ -107,6 +107,8 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ["PS1"] = "$ "
+            for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in the background
+                signal.signal(number, signal.SIG_DFL)
             os.execv(command[0], list(map(str, command)))
 
     def type(self, text: str) -> None:
