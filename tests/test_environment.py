@@ -139,7 +139,7 @@ def test_names_that_no_shell_takes_stay_outside_but_the_images_pass() -> None:
 
 def test_the_runtimes_own_variables() -> None:
     host = dict.fromkeys(("SINGULARITY_NAME", "APPTAINER_SHELL", "SCIEXEC_CACHEDIR", "SINGULARITY_OPTS", "APPTAINERENV_SECRET"), "host")
-    inside = seen(host=host, binds=["/b", "/c"])
+    inside = seen(host=host, bound=["/b", "/c"])
     ours = {name: value for name, value in inside.items() if name.startswith(("SCIEXEC", "APPTAINER", "SINGULARITY"))}
     expected = {"SCIEXEC_CONTAINER": "/data/app.sif", "SCIEXEC_NAME": "app.sif"}
     for prefix in ("APPTAINER", "SINGULARITY"):
