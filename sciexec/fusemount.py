@@ -143,7 +143,7 @@ class FuseMount(Operation):
             try:
                 os.execve(path, argv, environ)
             except OSError as error:
-                if "/" in program or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                if "/" in program or os.path.lexists(path):  # not where the directory cannot be searched
                     failure = error
         os.write(REPORT, (failure.strerror or str(failure)).encode())
         os._exit(127)

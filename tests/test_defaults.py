@@ -271,13 +271,14 @@ def test_homes(sciexec: Command, image: Path, tmp_path: Path, words: list[str], 
 
 def test_a_home_that_the_host_lacks(sciexec_path: Path, images: dict[str, Path], need: Need, tmp_path: Path) -> None:
     """Its variable is set all the same, and the payload starts where the caller stands, or in /."""
-    here, home = tmp_path / "here", host.Host().home
+    here = tmp_path / "here"
     here.mkdir()
-    script = f'mount -t tmpfs tmpfs {os.path.dirname(home)}; "$@"; cd /var; rmdir {here}; exec "$@"'
+    (tmp_path / "passwd").write_text("root:x:0:0::/nowhere/me:/bin/sh\n")  # who we are behind `unshare -r`
+    script = f'mount --bind {tmp_path}/passwd /etc/passwd; "$@"; cd /var; rmdir {here}; exec "$@"'
     command = [need("unshare"), "-rm", "sh", "-c", script, "sh", sciexec_path, "exec", "--no-mount", "cwd", images["squashfs"]]
     done = subprocess.run([*map(str, command), "sh", "-c", "pwd; echo $HOME"], cwd=here, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[0] in (str(here), "/"), done.stderr
-    assert done.stdout.splitlines()[-1].startswith("/") and done.returncode == 0
+    assert (done.stdout.splitlines()[-1], done.returncode) == ("/nowhere/me", 0)
 
 
 def test_passwd_and_group_only_where_the_image_has_them(sciexec: Command, hostile: Path) -> None:
