@@ -27,6 +27,13 @@ if TYPE_CHECKING:
         def start(self, link: Link | None, *, init: bool) -> None: ...
 
 
+# The kernel's names, in the order in which they are joined: the mount namespace last, it takes /proc out of sight.
+NAMESPACES = (
+    ("ipc", kernel.CLONE_NEWIPC), ("uts", kernel.CLONE_NEWUTS), ("net", kernel.CLONE_NEWNET), ("cgroup", kernel.CLONE_NEWCGROUP),
+    ("mnt", kernel.CLONE_NEWNS),
+)  # fmt: skip
+
+
 class Isolation:
     """Who the payload is inside, and what it shares with the host.
 

@@ -38,11 +38,6 @@ ADDITIONS = {
     "add_caps": "--add-caps", "fusemounts": "--fusemount", "dns": "--dns",
 }  # fmt: skip
 DECIDED = "contain fakeroot uid gid add_caps drop_caps".split()
-# The kernel's names, in the order in which they are joined: the mount namespace last, it takes /proc/PID out of sight.
-NAMESPACES = (
-    ("ipc", kernel.CLONE_NEWIPC), ("uts", kernel.CLONE_NEWUTS), ("net", kernel.CLONE_NEWNET), ("cgroup", kernel.CLONE_NEWCGROUP),
-    ("mnt", kernel.CLONE_NEWNS),
-)  # fmt: skip
 
 
 def join(options: Options, host: Host) -> NoReturn:
@@ -61,8 +56,8 @@ def join(options: Options, host: Host) -> NoReturn:
         tell(f"join {found.name}, process {found.pid}\n{payload.describe()}")
     try:
         process = os.open(f"/proc/{found.pid}", os.O_RDONLY | os.O_DIRECTORY)
-        own = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name, _ in NAMESPACES}
-        others = [(os.open(f"ns/{name}", os.O_RDONLY, dir_fd=process), flag, own[name]) for name, flag in NAMESPACES]
+        own = {name: os.stat(f"/proc/self/ns/{name}").st_ino for name, _ in isolation.NAMESPACES}
+        others = [(os.open(f"ns/{name}", os.O_RDONLY, dir_fd=process), flag, own[name]) for name, flag in isolation.NAMESPACES]
         pids, inner = (os.open(f"ns/{name}", os.O_RDONLY, dir_fd=process) for name in ("pid", "user"))
         outer = kernel.owner(pids)
         if instance.start_time(found.pid) != found.started:

@@ -25,7 +25,7 @@ import select
 import struct
 import time
 
-from sciexec import enter, kernel, mpi
+from sciexec import enter, isolation, kernel, mpi
 from sciexec.sinit import keep_only
 
 TYPE_CHECKING = False
@@ -40,12 +40,7 @@ if TYPE_CHECKING:
 QUEUE = 4096  # ranks that may wait while the first one makes the container
 AGAIN = 0.0005  # seconds between two tries while somebody has the name and does not listen yet
 CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
-# The kernel's names, in the order in which they are joined: the mount namespace takes /proc out of sight, and the user
-# namespace of the payload takes the right to join the others away.
-NAMESPACES = (
-    ("ipc", kernel.CLONE_NEWIPC), ("uts", kernel.CLONE_NEWUTS), ("net", kernel.CLONE_NEWNET), ("cgroup", kernel.CLONE_NEWCGROUP),
-    ("mnt", kernel.CLONE_NEWNS), ("user", kernel.CLONE_NEWUSER),
-)  # fmt: skip
+NAMESPACES = (*isolation.NAMESPACES, ("user", kernel.CLONE_NEWUSER))  # the payload's user namespace takes the right to join others away
 LAYOUT = struct.Struct(f"={len(NAMESPACES)}i")
 
 

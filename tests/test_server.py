@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from namespace_fixtures import OLD_KERNEL, Need, servers
+from namespace_fixtures import OLD_KERNEL, Command, Need, servers
 
 from sciexec import host
 from sciexec.sources import OURS
@@ -100,6 +100,25 @@ def test_an_old_kernel(sciexec_path: Path, images: dict[str, Path], data: Path, 
     done = subprocess.run([*OLD_KERNEL, *words], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("host's\n", 1)
     assert "Read-only file system" in done.stderr
+
+
+def test_without_our_server_squashfuse_serves(sciexec_path: Path, images: dict[str, Path], need: Need, nothing_left: None) -> None:
+    script = f'mount --bind /dev/null {OURS}; exec "$@"'
+    run = [sciexec_path, "--debug", "exec", images["sif"], "sh", "-c", "cat /etc/passwd; touch /x"]
+    command = [need("unshare"), "-rm", "sh", "-c", script, "sh", *map(str, run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"served by {need('squashfuse_ll')}\n" in done.stderr
+    assert "root:x:0:0:" in done.stdout and "Read-only file system" in done.stderr
+
+
+def test_what_our_server_cannot_decompress_squashfuse_serves(
+    sciexec: Command, rootfs: Path, tmp_path: Path, need: Need, nothing_left: None
+) -> None:
+    image = tmp_path / "lzo.sqfs"
+    subprocess.run([need("mksquashfs"), rootfs, image, "-comp", "lzo", "-quiet", "-no-progress"], check=True, capture_output=True)
+    done = sciexec("--debug", "exec", image, "cat", "/etc/passwd")
+    assert (done.returncode, "root:x:0:0:" in done.stdout) == (0, True), done.stderr
+    assert f"served by {need('squashfuse_ll')}\n" in done.stderr
 
 
 def test_without_fuse_the_image_is_unpacked_once(sciexec_path: Path, images: dict[str, Path], tmp_path: Path, need: Need) -> None:

@@ -1,4 +1,4 @@
-/* See squashfs.h.  No libsquashfs here: what serves an image must start in a millisecond, decompress in every thread at once, and
+/* See squashfs.h.  No libsquashfs here: what serves an image must start at once, decompress in every thread at once, and
    be small enough to be read in full by who must trust it. */
 #define _GNU_SOURCE
 #include "image.h"
