@@ -7,7 +7,7 @@
     MVAPICH              MV2_COMM_WORLD_LOCAL_SIZE            the same
     PALS (Cray)          PALS_LOCAL_SIZE                      PALS_APID
 
-Sources: srun(1), "Output Environment Variables"; Open MPI's FAQ on its variables; MPICH, src/pm/hydra; HPE, pals(7).
+Sources: srun(1), "Output Environment Variables"; Open MPI's FAQ on its variables; MPICH, src/pm/hydra; HPE, pals.h.
 """
 
 from __future__ import annotations

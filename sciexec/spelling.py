@@ -247,7 +247,7 @@ SHARE = ("auto", "off", "step", "job")
 def share(text: str) -> str:
     """With whom a container is shared."""
     if text not in SHARE:
-        raise UsageError(f"--share {escaped(text)}: with nobody of that name", f"one of {', '.join(SHARE)}")
+        raise UsageError(f"--share {escaped(text)}: not a way to share", f"one of {', '.join(SHARE)}")
     return text
 
 

@@ -165,7 +165,7 @@ def test_job_spans_steps(step: Step, images: dict[str, Path]) -> None:
 
 def test_an_unknown_way_to_share(sciexec: Command, images: dict[str, Path]) -> None:
     done = sciexec("exec", "--share", "all", images["directory"], "true")
-    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "FATAL: --share all: with nobody of that name")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "FATAL: --share all: not a way to share")
 
 
 # --- who comes and goes ----------------------------------------------------------------------------------------------------------
